@@ -1,0 +1,499 @@
+import copy
+import json
+import math
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from pycocotools import mask as masks
+
+from balanced_det.errors import InputError
+from balanced_det.evaluation import (
+    METRICS,
+    BalancedLVISEvaluator,
+    build_evaluator,
+    evaluate_lvis,
+    lvis_result,
+)
+
+LVIS_FILE = Path(__file__).parents[2] / "shared/data/lvis_v0.5_val_100.json"
+
+# Both sides average the same numbers of float64 in another order; 1e-9 is far above that rounding
+# and far below one detection more or less among them (1 / (10 * 101 * 1230) = 8e-7).
+SAME = 1e-9
+
+
+def box_object(number, image_id, category_id, bbox, **more):
+    x, y, w, h = bbox
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": list(bbox),
+        "area": w * h,
+        "iscrowd": 0,
+        "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+        **more,
+    }
+
+
+def box_detection(image_id, category_id, bbox, score):
+    x, y, w, h = bbox
+    mask = np.zeros((200, 200), dtype=np.uint8, order="F")
+    mask[y : y + h, x : x + w] = 1
+    rle = masks.encode(mask)
+    rle["counts"] = rle["counts"].decode()
+    return {
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [float(value) for value in bbox],
+        "score": score,
+        "segmentation": rle,
+    }
+
+
+def hand_made():
+    """Three classes, one a group; class 7 is rare and small, 9 common and medium, 12 large."""
+    return {
+        "images": [
+            {"id": i, "height": 200, "width": 200, "file_name": f"{i}.png"}
+            | {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+            for i in (1, 2, 3)
+        ],
+        "annotations": [
+            box_object(1, 1, 7, (10, 10, 20, 20)),
+            box_object(2, 2, 7, (50, 50, 20, 20)),
+            box_object(3, 1, 9, (60, 60, 50, 50)),
+            box_object(4, 2, 12, (0, 0, 150, 150)),
+        ],
+        "categories": [
+            {"id": 12, "name": "plenty", "frequency": "f"},
+            {"id": 7, "name": "rarity", "frequency": "r"},
+            {"id": 9, "name": "usual", "frequency": "c"},
+        ],
+    }
+
+
+PERFECT = [
+    box_detection(1, 7, (10, 10, 20, 20), 0.9),
+    box_detection(2, 7, (50, 50, 20, 20), 0.8),
+    box_detection(1, 9, (60, 60, 50, 50), 0.7),
+    box_detection(2, 12, (0, 0, 150, 150), 0.6),
+]
+
+
+def without(dictionary, *keys):
+    return {key: value for key, value in dictionary.items() if key not in keys}
+
+
+def coco_format(lvis):
+    """The same annotations with what LVIS adds to COCO taken away."""
+    return {
+        "images": [
+            without(image, "neg_category_ids", "not_exhaustive_category_ids")
+            for image in lvis["images"]
+        ],
+        "annotations": lvis["annotations"],
+        "categories": [without(category, "frequency") for category in lvis["categories"]],
+    }
+
+
+def noisy_detections(lvis, seed):
+    """Objects found a little off, twice or not at all, some as another class, amid false alarms."""
+    generator = np.random.default_rng(seed)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in lvis["images"]}
+    classes = [category["id"] for category in lvis["categories"]]
+    present = sorted({annotation["category_id"] for annotation in lvis["annotations"]})
+    boxes = []
+    for annotation in lvis["annotations"]:
+        for _ in range(generator.integers(0, 3)):
+            category = annotation["category_id"]
+            if generator.random() < 0.1:
+                category = int(generator.choice(present))
+            noise = generator.normal(0, 0.06, 4) * np.tile(annotation["bbox"][2:], 2)
+            boxes.append((annotation["image_id"], category, np.add(annotation["bbox"], noise)))
+    for image_id, (height, width) in sizes.items():
+        # 320 more in one image of eight, so that the limit of 300 an image is reached.
+        for _ in range(320 if generator.random() < 0.125 else 20):
+            corner = generator.random(2) * (width, height) * 0.8
+            extent = 2 + generator.random(2) * (width, height) * 0.2
+            pool = present if generator.random() < 0.5 else classes
+            boxes.append((image_id, int(generator.choice(pool)), [*corner, *extent]))
+    detections = []
+    for image_id, category, box in boxes:
+        height, width = sizes[image_id]
+        x, y, w, h = (float(value) for value in box)
+        w, h = max(w, 1.0), max(h, 1.0)
+        rle = masks.frPyObjects([[x, y, x + w, y, x + w, y + h, x, y + h]], height, width)[0]
+        detections.append(
+            {
+                "image_id": image_id,
+                "category_id": category,
+                "bbox": [x, y, w, h],
+                # Rounded, so that equal scores occur and their order matters.
+                "score": round(float(generator.random()), 2),
+                "segmentation": rle,
+            }
+        )
+    return detections
+
+
+@pytest.fixture
+def lvis_package(monkeypatch):
+    # The package still uses an alias that numpy has dropped.
+    monkeypatch.setattr(np, "float", float, raising=False)
+    import lvis
+
+    return lvis
+
+
+@pytest.mark.skipif(not LVIS_FILE.is_file(), reason="the sample of real LVIS annotations is absent")
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_real_annotations_give_the_numbers_of_the_lvis_package(iou_type, lvis_package):
+    annotations = json.loads(LVIS_FILE.read_text())
+    detections = noisy_detections(annotations, seed=0)
+    ours = evaluate_lvis(str(LVIS_FILE), detections, iou_type)
+
+    shape = "bbox" if iou_type == "bbox" else "segmentation"
+    rows = [
+        {key: row[key] for key in ("image_id", "category_id", "score", shape)} for row in detections
+    ]
+    truth = lvis_package.LVIS(str(LVIS_FILE))
+    oracle = lvis_package.LVISEval(truth, lvis_package.LVISResults(truth, rows), iou_type)
+    oracle.run()
+    theirs = oracle.get_results()
+
+    assert 0.05 < ours["AP"] < 0.95
+    for metric in METRICS:
+        assert ours[metric] == pytest.approx(theirs[metric], abs=SAME), metric
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_perfect_detections_give_one(iou_type):
+    assert evaluate_lvis(hand_made(), PERFECT, iou_type) == {metric: 1.0 for metric in METRICS}
+
+
+def test_a_missed_object_and_a_loose_box_give_the_values_worked_out_by_hand():
+    detections = [
+        PERFECT[0],  # one of two rare objects: precision 1 up to recall 0.5, 51 of 101 points
+        box_detection(1, 9, (60, 60, 50, 40), 0.7),  # IoU 0.8: matches at 7 of the 10 thresholds
+    ]
+    numbers = evaluate_lvis(hand_made(), detections)
+    half = 51 / 101
+    assert numbers == pytest.approx(
+        {
+            "AP": (half + 0.7 + 0) / 3,
+            "AP50": (half + 1 + 0) / 3,
+            "AP75": (half + 1 + 0) / 3,
+            "APs": half,
+            "APm": 0.7,
+            "APl": 0.0,
+            "APr": half,
+            "APc": 0.7,
+            "APf": 0.0,
+        },
+        abs=SAME,
+    )
+
+
+def test_each_class_has_its_own_result():
+    result = lvis_result(hand_made(), PERFECT[:2])
+    assert [(row.category_id, row.name, row.group, row.ap) for row in result.classes] == [
+        (7, "rarity", "r", 1.0),
+        (9, "usual", "c", 0.0),
+        (12, "plenty", "f", 0.0),
+    ]
+
+
+def test_more_classes_than_are_evaluated_at_once_give_one_result_each(monkeypatch):
+    whole = lvis_result(hand_made(), PERFECT[1:])
+    monkeypatch.setattr("balanced_det.evaluation._CLASSES_AT_ONCE", 2)
+    assert lvis_result(hand_made(), PERFECT[1:]) == whole
+
+
+def test_no_detections_give_zero():
+    assert evaluate_lvis(hand_made(), []) == {metric: 0.0 for metric in METRICS}
+
+
+def test_a_class_without_objects_takes_part_in_no_average():
+    annotations = hand_made()
+    annotations["categories"].append({"id": 20, "name": "unseen", "frequency": "r"})
+    result = lvis_result(annotations, PERFECT)
+    assert result.metrics["APr"] == 1.0
+    assert result.classes[-1].ap == -1.0
+
+
+def test_a_group_or_size_without_objects_is_minus_one():
+    annotations = hand_made()
+    annotations["annotations"] = annotations["annotations"][:2]
+    numbers = evaluate_lvis(annotations, [])
+    assert (numbers["APr"], numbers["APs"]) == (0.0, 0.0)
+    assert [numbers[metric] for metric in ("APc", "APf", "APm", "APl")] == [-1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("negative", "not_exhaustive", "expected"),
+    [([], [], 1.0), ([9], [], 0.5), ([9], [9], 1.0)],
+    ids=["not looked for", "known to be absent", "not exhaustive"],
+)
+def test_a_false_alarm_counts_only_where_the_class_was_looked_for(
+    negative, not_exhaustive, expected
+):
+    annotations = hand_made()
+    annotations["images"][2].update(
+        neg_category_ids=negative, not_exhaustive_category_ids=not_exhaustive
+    )
+    false_alarm = box_detection(3, 9, (5, 5, 30, 30), 0.99)
+    numbers = evaluate_lvis(annotations, [*PERFECT, false_alarm])
+    assert numbers["APc"] == pytest.approx(expected, abs=SAME)
+
+
+def test_a_mask_in_an_image_without_objects_is_no_problem():
+    false_alarm = box_detection(3, 9, (5, 5, 30, 30), 0.99)
+    assert evaluate_lvis(hand_made(), [*PERFECT, false_alarm], "segm")["AP"] == 1.0
+
+
+def test_a_false_alarm_in_coco_format_always_counts():
+    false_alarm = box_detection(3, 9, (5, 5, 30, 30), 0.99)
+    result = lvis_result(coco_format(hand_made()), [*PERFECT, false_alarm])
+    assert [row.ap for row in result.classes] == pytest.approx([1.0, 0.5, 1.0], abs=SAME)
+
+
+def test_coco_format_has_groups_only_where_they_are_given():
+    annotations = coco_format(hand_made())
+    unknown = evaluate_lvis(annotations, PERFECT)
+    assert unknown["AP"] == 1.0
+    assert [unknown[f"AP{group}"] for group in "rcf"] == [-1.0] * 3
+    given = evaluate_lvis(annotations, PERFECT[:2], class_groups={7: "r", 9: "c", 12: "c"})
+    assert [given[f"AP{group}"] for group in "rcf"] == [1.0, 0.0, -1.0]
+
+
+def test_the_frequency_of_the_annotations_outranks_the_groups_given():
+    numbers = evaluate_lvis(hand_made(), PERFECT[:2], class_groups={7: "f", 9: "f", 12: "f"})
+    assert [numbers[f"AP{group}"] for group in "rcf"] == [1.0, 0.0, 0.0]
+
+
+def test_crowds_of_coco_format_are_ignored():
+    annotations = coco_format(hand_made())
+    annotations["annotations"].append(box_object(5, 3, 9, (0, 0, 150, 150), iscrowd=1))
+    within_the_crowd = box_detection(3, 9, (5, 5, 30, 30), 0.99)
+    assert evaluate_lvis(annotations, [*PERFECT, within_the_crowd])["AP"] == 1.0
+
+
+def test_only_the_best_detections_of_an_image_count():
+    # The image's best detection is of another class: with one an image, class 9 is not found.
+    assert evaluate_lvis(hand_made(), PERFECT, max_dets=1)["APc"] == 0.0
+    assert evaluate_lvis(hand_made(), PERFECT, max_dets=2)["APc"] == 1.0
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_the_input_is_left_as_it_was(iou_type):
+    annotations, detections = hand_made(), copy.deepcopy(PERFECT)
+    evaluate_lvis(annotations, detections, iou_type)
+    assert annotations == hand_made()
+    assert detections == PERFECT
+
+
+def test_objects_may_be_numbered_from_zero():
+    annotations = hand_made()
+    for annotation in annotations["annotations"]:
+        annotation["id"] -= 1
+    assert evaluate_lvis(annotations, PERFECT)["AP"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, d: a.pop("categories"), "no list of `categories`"),
+        (lambda a, d: a.update(categories=[]), "lists no category"),
+        (lambda a, d: a["images"][0].update(id="one"), "`images` has no integer `id`"),
+        (
+            lambda a, d: a["annotations"][1].update(category_id=99),
+            "annotation 2 has category_id 99",
+        ),
+        (lambda a, d: a["annotations"][1].update(image_id=99), "annotation 2 has image_id 99"),
+        (lambda a, d: a["annotations"][1].update(bbox=[1, 2]), "annotation 2 has no `bbox`"),
+        (lambda a, d: a["categories"][0].update(frequency="x"), "category 12 has frequency 'x'"),
+        (lambda a, d: d[2].update(image_id=99), "Detection 2 has image_id 99"),
+        (lambda a, d: d[2].update(category_id=0), "Detection 2 has category_id 0"),
+        (lambda a, d: d[2].update(score=math.nan), "Detection 2 has no finite `score`"),
+        (lambda a, d: d[2].update(bbox=[0, 0, math.inf, 1]), "Detection 2 has no `bbox`"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    annotations, detections = hand_made(), copy.deepcopy(PERFECT)
+    change(annotations, detections)
+    with pytest.raises(InputError, match=message):
+        evaluate_lvis(annotations, detections)
+
+
+def test_masks_need_masks():
+    annotations = hand_made()
+    annotations["annotations"][2]["segmentation"] = []
+    with pytest.raises(InputError, match="annotation 3 has no mask"):
+        evaluate_lvis(annotations, PERFECT, "segm")
+    with pytest.raises(InputError, match="Detection 0 has no `segmentation`"):
+        evaluate_lvis(hand_made(), [without(PERFECT[0], "segmentation")], "segm")
+
+
+def test_unreadable_files_are_named(tmp_path):
+    truncated = tmp_path / "truncated.json"
+    truncated.write_text('{"images": [')
+    with pytest.raises(InputError, match="truncated.json' is not valid JSON"):
+        evaluate_lvis(truncated, [])
+    with pytest.raises(InputError, match="absent.json' cannot be read"):
+        evaluate_lvis(tmp_path / "absent.json", [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"iou_type": "keypoints"}, "iou_type is 'keypoints'"), ({"max_dets": 0}, "max_dets is 0")],
+)
+def test_bad_settings_are_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        evaluate_lvis(hand_made(), [], **arguments)
+
+
+@pytest.fixture
+def register(tmp_path):
+    """Register annotations under a name of Detectron2's catalogue, for one test."""
+    names = []
+
+    def register(annotations, evaluator_type="lvis"):
+        path = tmp_path / f"annotations_{len(names)}.json"
+        path.write_text(json.dumps(annotations))
+        names.append(f"evaluation_test_{len(names)}")
+        classes = sorted(annotations["categories"], key=lambda category: category["id"])
+        MetadataCatalog.get(names[-1]).set(
+            json_file=str(path),
+            evaluator_type=evaluator_type,
+            thing_classes=[category["name"] for category in classes],
+            thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(classes)},
+        )
+        return names[-1]
+
+    yield register
+    for name in names:
+        MetadataCatalog.remove(name)
+
+
+def predictions(detections, with_masks=False):
+    """The model's side of Detectron2's loop: XYXY boxes and contiguous class ids, an image each."""
+    contiguous = {7: 0, 9: 1, 12: 2}
+    inputs, outputs = [], []
+    for image_id in (1, 2, 3):
+        rows = [row for row in detections if row["image_id"] == image_id]
+        boxes = torch.tensor([row["bbox"] for row in rows]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        instances = Instances((200, 200), pred_boxes=Boxes(boxes))
+        instances.scores = torch.tensor([row["score"] for row in rows])
+        instances.pred_classes = torch.tensor(
+            [contiguous[row["category_id"]] for row in rows], dtype=torch.int64
+        )
+        if with_masks:
+            instances.pred_masks = torch.zeros(len(rows), 200, 200, dtype=torch.bool)
+            for index, row in enumerate(rows):
+                mask = masks.decode(row["segmentation"])
+                instances.pred_masks[index] = torch.from_numpy(mask).bool()
+        inputs.append({"image_id": image_id})
+        outputs.append({"instances": instances})
+    return inputs, outputs
+
+
+def test_the_evaluator_reports_percent_and_writes_both_files(register, tmp_path, caplog):
+    statistics = types.SimpleNamespace(
+        group=["f", "f", "f"], image_count=torch.tensor([2, 50, 900])
+    )
+    evaluator = BalancedLVISEvaluator(
+        register(hand_made()), tmp_path / "out", train_statistics=statistics
+    )
+    evaluator.reset()
+    evaluator.process(*predictions(PERFECT[:2], with_masks=True))
+    with caplog.at_level("INFO"):
+        results = evaluator.evaluate()
+
+    expected = {"AP": 100 / 3, "AP50": 100 / 3, "AP75": 100 / 3, "APs": 100.0, "APm": 0.0}
+    expected |= {"APl": 0.0, "APr": 100.0, "APc": 0.0, "APf": 0.0}
+    assert list(results) == ["bbox", "segm"]
+    for numbers in results.values():
+        assert numbers == pytest.approx(expected, abs=100 * SAME)
+
+    written = json.loads((tmp_path / "out/lvis_results.json").read_text())
+    assert written["bbox"] == results["bbox"]
+    assert written["classes"] == [
+        {"name": "rarity", "group": "r", "train_images": 2, "bbox": 100.0, "segm": 100.0},
+        {"name": "usual", "group": "c", "train_images": 50, "bbox": 0.0, "segm": 0.0},
+        {"name": "plenty", "group": "f", "train_images": 900, "bbox": 0.0, "segm": 0.0},
+    ]
+    rows = json.loads((tmp_path / "out/lvis_instances_results.json").read_text())
+    assert [(row["image_id"], row["category_id"]) for row in rows] == [(1, 7), (2, 7)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "lvis_instances_results.json",
+        "lvis_results.json",
+    ]
+    assert "| rarity | r | 2 | 100.000 |" in " ".join(caplog.text.split())
+
+
+def test_the_evaluator_takes_groups_from_the_training_set_where_annotations_have_none(register):
+    name = register(coco_format(hand_made()))
+    statistics = types.SimpleNamespace(group=["r", "c", "c"], image_count=torch.tensor([2, 50, 60]))
+    for given, expected in ((statistics, [100.0, 0.0, math.nan]), (None, [math.nan] * 3)):
+        evaluator = BalancedLVISEvaluator(name, train_statistics=given)
+        evaluator.process(*predictions(PERFECT[:2]))
+        numbers = evaluator.evaluate()["bbox"]
+        assert [numbers[f"AP{group}"] for group in "rcf"] == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_evaluator_writes_absent_numbers_as_null(register, tmp_path):
+    evaluator = BalancedLVISEvaluator(register(coco_format(hand_made())), tmp_path)
+    evaluator.process(*predictions([]))
+    assert evaluator.evaluate()["bbox"]["AP"] == 0.0
+    written = json.loads((tmp_path / "lvis_results.json").read_text())
+    assert written["bbox"]["APr"] is None
+    assert written["classes"][0]["train_images"] is None
+
+
+def test_the_evaluator_drops_rows_that_are_not_finite_and_counts_them(register, caplog):
+    broken = [dict(PERFECT[2], score=math.nan), dict(PERFECT[3], bbox=[0.0, 0.0, math.inf, 1.0])]
+    evaluator = BalancedLVISEvaluator(register(hand_made()))
+    evaluator.process(*predictions([*PERFECT[:2], *broken]))
+    results = evaluator.evaluate()
+    assert results["bbox"]["APr"] == 100.0
+    assert results["bbox"]["APc"] == 0.0
+    assert "Dropped 2 detections" in caplog.text
+
+
+def test_the_evaluator_forgets_at_reset(register):
+    evaluator = BalancedLVISEvaluator(register(hand_made()))
+    evaluator.process(*predictions(PERFECT))
+    evaluator.reset()
+    assert evaluator.evaluate() == {}
+
+
+def test_annotations_without_objects_are_not_evaluated(register, tmp_path):
+    evaluator = BalancedLVISEvaluator(register(dict(hand_made(), annotations=[])), tmp_path)
+    evaluator.process(*predictions(PERFECT))
+    assert evaluator.evaluate() == {}
+    assert len(json.loads((tmp_path / "lvis_instances_results.json").read_text())) == len(PERFECT)
+
+
+def test_statistics_of_another_number_of_classes_are_refused(register):
+    statistics = types.SimpleNamespace(group=["r"], image_count=torch.tensor([2]))
+    with pytest.raises(InputError, match="have 1 classes but data set .* has 3"):
+        BalancedLVISEvaluator(register(hand_made()), train_statistics=statistics)
+
+
+def test_the_evaluator_fits_the_data_set(register):
+    cfg = get_cfg()
+    lvis, coco = register(hand_made()), register(hand_made(), "coco")
+    assert isinstance(build_evaluator(cfg, lvis), BalancedLVISEvaluator)
+    assert isinstance(build_evaluator(cfg, coco), COCOEvaluator)
+    voc = register(hand_made(), "pascal_voc")
+    with pytest.raises(InputError, match=f"'{voc}' has evaluator_type 'pascal_voc'"):
+        build_evaluator(cfg, voc)
