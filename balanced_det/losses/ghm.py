@@ -1,0 +1,80 @@
+"""GHM-C, the gradient-harmonized classification loss (arXiv 1811.05181), sigmoid and softmax.
+
+    g = |p - y|,  p = sigmoid(x), for each (row, class)                                    (Eq. 3)
+    L = sum_i BCE_i / (n S_b(i)),  b(i) the bin of g_i                           (from Eq. 4 to 9)
+
+Bins, smoothing and how they deviate from the paper and from the published code are told in
+:mod:`balanced_det.losses.harmonizer`. The softmax form has one gradient length a row, g = 1 - p_y,
+and weighs each row's cross entropy likewise; the paper has no such form.
+
+Both divide by their own count, so ``normalizer`` is ignored. The weights carry no gradient. All
+pyramid levels share one histogram. Ignored rows are neither counted nor summed. A batch without
+any foreground row, over all workers, gives a zero loss and leaves the statistics alone.
+"""
+
+import torch
+
+from ..ops import gradient_histogram
+from .base import CLASSIFICATION_LOSSES, SigmoidLoss, SoftmaxLoss
+from .harmonizer import GradientDensity
+
+
+def _num_foreground(levels, num_classes):
+    return sum(((y >= 0) & (y < num_classes)).sum() for _, y in levels)
+
+
+@CLASSIFICATION_LOSSES.register
+class GHMClassificationLoss(SigmoidLoss):
+    """GHM-C over K sigmoids; see the module's docstring.
+
+    Args:
+        num_classes: K.
+        bins: number of equal bins of the gradient length.
+        momentum: of the moving average of the bin counts.
+        bias_correction: False starts the average at zero, as the published code does.
+    """
+
+    def __init__(self, num_classes, bins=30, momentum=0.75, bias_correction=True):
+        super().__init__(num_classes)
+        self.gradient_density = GradientDensity(bins, momentum, bias_correction)
+
+    def forward(self, logits, labels, normalizer=None, overwrite_logits=False):
+        """Return the harmonized loss; ``normalizer`` is ignored, GHM divides by its own count."""
+        return super().forward(logits, labels, 1, overwrite_logits)
+
+    def tables(self, levels):
+        """Return the weight of each bin after taking the batch into the statistics."""
+        counts = sum(gradient_histogram(x, y, self.gradient_density.bins) for x, y in levels)
+        weights = self.gradient_density.weights(counts, _num_foreground(levels, self.num_classes))
+        return {"bin_weight": weights}  # (B,)
+
+
+@CLASSIFICATION_LOSSES.register
+class SoftmaxGHMLoss(SoftmaxLoss):
+    """GHM-C over one softmax of K + 1 channels; see the module's docstring.
+
+    Args:
+        num_classes: K; the loss has K + 1 logits.
+        bins: number of equal bins of the gradient length.
+        momentum: of the moving average of the bin counts.
+        bias_correction: False starts the average at zero, as the published code does.
+    """
+
+    def __init__(self, num_classes, bins=30, momentum=0.75, bias_correction=True):
+        super().__init__(num_classes)
+        self.gradient_density = GradientDensity(bins, momentum, bias_correction)
+
+    def forward(self, logits, labels, normalizer=None, overwrite_logits=False):
+        """Return the harmonized loss; ``normalizer`` is ignored, GHM divides by its own count."""
+        return super().forward(logits, labels, 1, overwrite_logits)
+
+    def scaled_sum(self, levels, scale, overwrite_logits):
+        """Return the harmonized sum over rows; ``scale`` is 1."""
+        losses = torch.cat([self.row_losses(x, y) for x, y in levels])  # (R,)
+        valid = torch.cat([y.reshape(-1) for _, y in levels]) >= 0
+        lengths = -torch.expm1(-losses.detach())  # 1 - p_y, since a row's loss is -log p_y
+        counts = self.gradient_density.histogram(lengths, valid)
+        weights = self.gradient_density.weights(counts, _num_foreground(levels, self.num_classes))
+        row_weight = weights.to(losses.dtype)[self.gradient_density.bin_index(lengths)]
+        # An ignored row's loss is 0 and has no gradient, whatever its weight.
+        return (losses * row_weight).sum()

@@ -1,0 +1,90 @@
+"""Numbers counted from the training set that replace sampling heuristics (arXiv 1909.04868).
+
+A detector that sees every anchor has N rows and C classes, and N_f of the rows are foreground. When
+every (row, class) element starts at probability p, the summed binary cross entropy is
+
+    L(p) = -N_f log(p) - (N C - N_f) log(1 - p)
+
+``optimal_prior`` is the p that minimises L, ``prior_bias`` the bias of the last layer that gives
+it, and ``class_adaptive_thresholds`` the score thresholds of the same paper. All are pure
+functions of counts; counting them over a data set is the detector's business.
+"""
+
+import math
+
+import torch
+
+from .errors import InputError
+
+
+def optimal_prior(num_foreground, num_samples, num_classes):
+    """Return p* = N_f / (N C), the minimum of the initial classification loss.
+
+    Args:
+        num_foreground: N_f, foreground rows over the data set (or a sample of it).
+        num_samples: N, foreground and background rows of the same images, without ignored ones.
+        num_classes: C, 1 for a region proposal network.
+
+    Returns:
+        A float; RetinaNet on COCO (C = 80) has 1.113e-5.
+
+    Raises:
+        InputError: for counts that no data set can have.
+
+    Source: arXiv 1909.04868, section on optimal bias initialization; dL/dp = 0 where
+    N_f (1 - p) = (N C - N_f) p.
+    """
+    if num_classes < 1:
+        raise InputError(f"An optimal prior needs at least one class, not {num_classes}.")
+    _check_counts(num_foreground, num_samples)
+    return num_foreground / (num_samples * num_classes)
+
+
+def prior_bias(prior):
+    """Return b = -log((1 - p) / p), so that sigmoid(b) = p.
+
+    Args:
+        prior: p, inside (0, 1).
+
+    Raises:
+        InputError: when p is not inside (0, 1), where the bias would be infinite.
+
+    Source: arXiv 1909.04868, section on optimal bias initialization; the same form with a fixed p
+    is in RetinaNet (arXiv 1708.02002, section 4.1).
+    """
+    if not 0 < prior < 1:
+        raise InputError(f"A prior probability lies between 0 and 1, exclusive; {prior} does not.")
+    return math.log(prior) - math.log1p(-prior)
+
+
+def class_adaptive_thresholds(num_foreground, num_samples, class_counts):
+    """Return theta_j = (N_f / N) (n_j / sum_k n_k), a score threshold for every class.
+
+    Args:
+        num_foreground: N_f, foreground rows over the data set (or a sample of it).
+        num_samples: N, foreground and background rows of the same images.
+        class_counts: n_j, training boxes of each class, (K,).
+
+    Returns:
+        (K,) float32 tensor; it sums to N_f / N, and a class without a box has threshold 0.
+
+    Raises:
+        InputError: for counts that no data set can have.
+
+    Source: arXiv 1909.04868, section on class-adaptive thresholding. The official code uses the one
+    number N_f / N for every class instead.
+    """
+    _check_counts(num_foreground, num_samples)
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if counts.dim() != 1 or not (counts >= 0).all() or not counts.sum() > 0:
+        raise InputError(
+            "Class-adaptive thresholds need a list of box counts, none negative and not all zero."
+        )
+    return (num_foreground / num_samples * (counts / counts.sum())).float()
+
+
+def _check_counts(num_foreground, num_samples):
+    if not 0 <= num_foreground <= num_samples or num_samples == 0:
+        raise InputError(
+            f"{num_foreground} foreground rows of {num_samples} rows is no possible count."
+        )
