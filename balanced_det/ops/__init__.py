@@ -1,0 +1,252 @@
+r"""The one pass over the logits that every sigmoid loss is made of.
+
+A detector's logits are the largest tensor of a training step: RetinaNet with 1,203 classes has
+6.5 GiB of them at a batch of eight. BCE, focal loss (arXiv 1708.02002, Eq. 5), EQL (arXiv
+2003.05176, Eq. 3) and GHM-C (arXiv 1811.05181, Eq. 9) are the sum
+
+.. math::
+    L = s \sum_{r:\, label_r \ge 0} \sum_k
+        w_{rk}\, \alpha_{rk}\, g_{rk}^\gamma\, \mathrm{BCE}(x_{rk}, y_{rk}), \qquad
+    y_{rk} = [label_r = k], \qquad g_{rk} = |\sigma(x_{rk}) - y_{rk}|
+
+with different small tables for w. It reads each logit once and writes each gradient once; nothing
+else of the logits' size is allocated.
+
+Two implementations share one meaning: plain torch (:mod:`.reference`) and Triton kernels
+(:mod:`.triton_kernels`). The environment variable ``BALANCED_DET_OPS`` or :func:`implementation`
+chooses: ``auto`` (Triton for float32, bfloat16 and float16 logits on CUDA where Triton is
+installed, the reference otherwise), ``reference`` or ``triton``.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..errors import InputError
+from . import reference
+from .layout import empty_gradient
+
+__all__ = ["gradient_histogram", "implementation", "sigmoid_loss"]
+
+_CHOICES = ("auto", "reference", "triton")
+_MAX_DIM = 5  # (N, H, W, A, K), what a dense head makes.
+
+_choice = os.environ.get("BALANCED_DET_OPS", "auto")
+
+
+@contextlib.contextmanager
+def implementation(name):
+    """Within this context use ``"reference"``, ``"triton"`` or ``"auto"`` (see the module)."""
+    global _choice
+    if name not in _CHOICES:
+        raise InputError(f"Unknown implementation '{name}'; known are: {', '.join(_CHOICES)}.")
+    previous, _choice = _choice, name
+    try:
+        yield
+    finally:
+        _choice = previous
+
+
+def sigmoid_loss(
+    logits,
+    labels,
+    *,
+    alpha=None,
+    gamma=0.0,
+    positive_weight=None,
+    negative_weight=None,
+    background_weight=None,
+    bin_weight=None,
+    scale=1.0,
+    overwrite_logits=False,
+):
+    """Sum a weighted sigmoid cross entropy over all rows labelled >= 0 and all K classes.
+
+    Args:
+        logits: (*lead, K), floating point, up to four leading dimensions, any strides. The
+            arithmetic is float32 whatever their type (float64 for float64 logits).
+        labels: (*lead), integers: 0 .. K-1 a class, K background, negative ignored. A row that is
+            ignored has exactly zero loss and gradient, whatever its logits.
+        alpha: weight of the y = 1 terms, 1 - alpha being that of the y = 0 terms; None for neither.
+        gamma: exponent of the focal modulation (1 - p_t)^gamma; its gradient is included.
+        positive_weight: (K,) weight of the y = 1 term.
+        negative_weight: (K,) weight of the y = 0 terms of foreground rows.
+        background_weight: (K,) weight of the y = 0 terms of background rows.
+        bin_weight: (B,) weight by the gradient length g: element b = min(int(g * B), B - 1).
+        scale: a number or 0-dim tensor that multiplies the sum, such as loss weight / normalizer.
+            Given here it costs nothing, and a gradient of a 16-bit type is rounded once, after it.
+        overwrite_logits: write the gradient over the logits instead of into a new tensor, for a
+            caller that owns them and knows that NOBODY reads them afterwards: not a metric, not a
+            hook, not the operation that made them (a convolution does not read its output, a ReLU
+            or sigmoid does). Autograd refuses a backward pass that needs the lost values.
+
+    Returns:
+        A 0-dim float32 tensor (float64 for float64 logits). Its gradient is made here already, with
+        the strides of ``logits`` (dense, in the same order, where these have gaps), and multiplied
+        in place by what ``backward`` brings, which costs nothing on CUDA when that is 1. Tables and
+        ``scale`` are constants: no gradient flows to them.
+
+    Raises:
+        InputError: a wrong shape, type, device or range. Label values are not checked, since that
+            would wait for the device; any above K counts as background.
+        RuntimeError: in backward, when the graph was used up or the overwritten logits changed.
+
+    Nothing waits for the device. Sums are deterministic.
+    """
+    _check_rows(logits, labels)
+    num_classes = logits.shape[-1]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise InputError(f"alpha must lie in [0, 1] or be None, not {alpha}.")
+    if not gamma >= 0:
+        raise InputError(f"gamma must not be negative, not {gamma}.")
+    if bin_weight is not None and len(bin_weight) == 0:
+        raise InputError("bin_weight must have at least one bin.")
+    if isinstance(scale, torch.Tensor):
+        if scale.dim() != 0:
+            raise InputError(f"scale must be a number or 0-dim, not of shape {tuple(scale.shape)}.")
+        scale = scale.item() if scale.device.type == "cpu" else scale.detach()
+    options = dict(
+        alpha=alpha,
+        gamma=float(gamma),
+        positive_weight=_table("positive_weight", positive_weight, num_classes, logits, dtype),
+        negative_weight=_table("negative_weight", negative_weight, num_classes, logits, dtype),
+        background_weight=_table(
+            "background_weight", background_weight, num_classes, logits, dtype
+        ),
+        bin_weight=_table("bin_weight", bin_weight, None, logits, dtype),
+        scale=scale,
+    )
+    backend = _backend(logits)
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return backend.loss_and_gradient(logits, labels, None, **options)
+    if overwrite_logits and (logits.is_leaf or (logits._is_view() and logits._base.is_leaf)):
+        raise InputError(
+            "overwrite_logits needs logits that an operation made, not a leaf or a view of one."
+        )
+    return _SigmoidLoss.apply(logits, labels, backend, overwrite_logits, options)
+
+
+def gradient_histogram(logits, labels, bins):
+    """Count the gradient lengths g = |sigmoid(x) - y| of all rows labelled >= 0 and all classes.
+
+    Args:
+        logits: (*lead, K), as in :func:`sigmoid_loss`.
+        labels: (*lead).
+        bins: the number B of equal bins over [0, 1]; g counts in bin min(int(g * B), B - 1).
+
+    Returns:
+        (B,) int64 counts, exact at any size, on the device of ``logits``; nothing waits for it.
+    """
+    _check_rows(logits, labels)
+    if bins < 1:
+        raise InputError(f"bins must be at least 1, not {bins}.")
+    with torch.no_grad():
+        return _backend(logits).histogram(logits, labels, bins)
+
+
+class _SigmoidLoss(torch.autograd.Function):
+    """Makes the gradient together with the loss; backward hands it over."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, backend, overwrite, options):
+        gradient = logits.detach() if overwrite else empty_gradient(logits)
+        loss = backend.loss_and_gradient(logits.detach(), labels, gradient, **options)
+        ctx.version = None
+        if overwrite:
+            # Kernels write past autograd; tell it, so that whoever saved these values is refused.
+            torch.autograd.graph.increment_version(gradient)
+            ctx.version = gradient._version
+        ctx.gradient, ctx.backend = gradient, backend
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        # An attribute, not save_for_backward: only the sole owner of a gradient may scale it in
+        # place and hand it on without a copy.
+        gradient = ctx.gradient
+        if gradient is None:
+            raise RuntimeError(
+                "sigmoid_loss handed its gradient to an earlier backward pass; to run backward "
+                "again give retain_graph=True."
+            )
+        if ctx.version is not None and gradient._version != ctx.version:
+            raise RuntimeError(
+                "The logits given to sigmoid_loss with overwrite_logits=True hold its gradient and "
+                "were modified before backward."
+            )
+        if _graph_is_retained():
+            gradient = gradient.clone()
+        else:
+            ctx.gradient = None
+        ctx.backend.scale_gradient_(gradient, grad_output)
+        return gradient, None, None, None, None
+
+
+def _graph_is_retained():
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _check_rows(logits, labels):
+    if not logits.is_floating_point():
+        raise InputError(f"logits must be floating point, not {logits.dtype}.")
+    if logits.dim() == 0 or logits.dim() > _MAX_DIM:
+        raise InputError(f"logits must have 1 to {_MAX_DIM} dimensions, not {logits.dim()}.")
+    if labels.shape != logits.shape[:-1]:
+        raise InputError(
+            f"labels must have the shape {tuple(logits.shape[:-1])} of the logits' rows, "
+            f"not {tuple(labels.shape)}."
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise InputError(f"labels must be integers, not {labels.dtype}.")
+    if labels.device != logits.device:
+        raise InputError(f"labels are on {labels.device}, the logits on {logits.device}.")
+
+
+def _table(name, table, length, logits, dtype):
+    if table is None:
+        return None
+    if table.dim() != 1 or (length is not None and len(table) != length):
+        wanted = "(B,)" if length is None else f"({length},)"
+        raise InputError(f"{name} must have the shape {wanted}, not {tuple(table.shape)}.")
+    if table.device != logits.device:
+        raise InputError(f"{name} is on {table.device}, the logits on {logits.device}.")
+    return table.detach().to(dtype).contiguous()
+
+
+def _backend(logits):
+    if _choice not in _CHOICES:
+        raise InputError(
+            f"BALANCED_DET_OPS is '{_choice}'; it must be one of: {', '.join(_CHOICES)}."
+        )
+    if _choice == "reference":
+        return reference
+    if _choice == "auto":
+        usable = logits.is_cuda and logits.dtype != torch.float64 and _triton_is_installed()
+        return _triton_kernels() if usable else reference
+    if logits.dtype == torch.float64:
+        raise InputError("The Triton implementation of balanced_det.ops has no float64.")
+    if not logits.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(
+            f"The Triton implementation of balanced_det.ops cannot run on {logits.device}."
+        )
+    if not _triton_is_installed():
+        raise InputError("The Triton implementation was chosen, but triton is not installed.")
+    return _triton_kernels()
+
+
+@functools.cache
+def _triton_is_installed():
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton_kernels():
+    from . import triton_kernels
+
+    return triton_kernels

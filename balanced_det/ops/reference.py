@@ -1,0 +1,167 @@
+r"""The sigmoid losses in plain torch, one cache-sized piece of the logits at a time; any device.
+
+With :math:`z = x` where the label names the class (y = 1) and :math:`z = -x` elsewhere (y = 0),
+
+.. math::
+    g = |\sigma(x) - y| = \sigma(-z), \qquad \mathrm{bce} = \log(1 + e^{-z}), \qquad
+    \ell = w\, g^\gamma\, \mathrm{bce}, \qquad
+    \frac{\partial \ell}{\partial z} = -w\, g^\gamma \left(g + \gamma (1 - g)\, \mathrm{bce}\right),
+
+where w holds alpha and the table weights. No target of shape (R, K) exists: every element of a
+piece is computed as y = 0, then the one element of a foreground row that has y = 1 is replaced.
+
+The functions here share their signatures with :mod:`.triton_kernels`.
+"""
+
+import itertools
+
+import torch
+from torch.nn import functional as F
+
+from .layout import memory_order
+
+# Elements of a piece. On a CPU the handful of temporaries of a piece should stay in the cache; on
+# other devices a piece should be large enough to hide the launches.
+_CPU_PIECE = 1 << 16
+_DEVICE_PIECE = 1 << 24
+
+# Above this logit, log(1 + exp(x)) is x to within a rounding step of float64: exp(-40) < 2**-53.
+_SOFTPLUS_LINEAR = 40.0
+
+
+def loss_and_gradient(
+    logits,
+    labels,
+    gradient,
+    *,
+    alpha,
+    gamma,
+    positive_weight,
+    negative_weight,
+    background_weight,
+    bin_weight,
+    scale,
+):
+    """Return the 0-dim loss; write its gradient into ``gradient`` unless that is None.
+
+    ``logits`` and ``gradient`` are (*lead, K), and may be one tensor; ``labels`` is (*lead).
+    """
+    num_classes = logits.shape[-1]
+    dtype = _arithmetic_dtype(logits)
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    tables = positive_weight, negative_weight, background_weight
+    for index, classes in _pieces(logits):
+        x, label = _load(logits[index], labels[index[:-1]], dtype)
+        positive, negative, background = (w if w is None else w[classes] for w in tables)
+
+        # Every element as y = 0.
+        weight = None
+        if negative is not None or background is not None:
+            one = x.new_ones(())
+            weight = torch.where(
+                (label < num_classes).unsqueeze(-1),
+                one if negative is None else negative,
+                one if background is None else background,
+            )
+        loss, slope = _weighted_bce(
+            x, weight, None if alpha is None else 1 - alpha, gamma, bin_weight, gradient is not None
+        )
+
+        # The class of each foreground row as y = 1. Other rows rewrite what stands at class 0.
+        is_positive = ((label >= classes.start) & (label < classes.stop)).unsqueeze(-1)
+        position = (label.unsqueeze(-1) - classes.start).clamp_(0, x.shape[-1] - 1)  # (*lead, 1)
+        weight = None if positive is None else positive[position]
+        positive_loss, positive_slope = _weighted_bce(
+            -x.gather(-1, position), weight, alpha, gamma, bin_weight, gradient is not None
+        )
+        old = loss.gather(-1, position)
+        loss.scatter_(-1, position, torch.where(is_positive, positive_loss, old))
+        total += loss.sum()
+        if gradient is not None:
+            old = slope.gather(-1, position)
+            slope.scatter_(-1, position, torch.where(is_positive, -positive_slope, old))
+            gradient[index] = slope.mul_(scale)
+    return (total * scale).to(dtype)
+
+
+def histogram(logits, labels, bins):
+    """Return the (bins,) int64 counts of gradient lengths over rows labelled >= 0."""
+    counts = torch.zeros(bins, dtype=torch.int64, device=logits.device)
+    dtype = _arithmetic_dtype(logits)
+    for index, classes in _pieces(logits):
+        x, label = _load(logits[index], labels[index[:-1]], dtype)
+        position = (label.unsqueeze(-1) - classes.start).clamp_(0, x.shape[-1] - 1)
+        is_positive = ((label >= classes.start) & (label < classes.stop)).unsqueeze(-1)
+        value = x.gather(-1, position)
+        x.scatter_(-1, position, torch.where(is_positive, -value, value))
+        bin_index = _bin(torch.sigmoid(x), bins)
+        valid = (label >= 0).unsqueeze(-1).expand_as(bin_index)
+        # Integer addition: the counts do not depend on the order, on any device.
+        counts.scatter_add_(0, bin_index.flatten(), valid.to(torch.int64).flatten())
+    return counts
+
+
+def scale_gradient_(gradient, factor):
+    """Multiply ``gradient`` in place by the 0-dim ``factor``, in float32 or wider."""
+    if factor.device.type == "cpu" and factor == 1:
+        return
+    dtype = _arithmetic_dtype(gradient)
+    for index, _ in _pieces(gradient):
+        piece = gradient[index]
+        piece.copy_(piece.to(dtype) * factor)
+
+
+def _arithmetic_dtype(logits):
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _pieces(logits):
+    """Yield the index of each piece of ``logits`` and the classes (a slice) that it holds."""
+    left = _CPU_PIECE if logits.device.type == "cpu" else _DEVICE_PIECE
+    order = memory_order(logits)
+    step = {}
+    for dim in reversed(order):  # Whole runs of the fastest dimensions first.
+        step[dim] = max(1, min(logits.shape[dim], left))
+        left //= step[dim]
+    starts = (range(0, logits.shape[dim], step[dim]) for dim in order)
+    for start in itertools.product(*starts):
+        index = [None] * logits.dim()
+        for dim, first in zip(order, start):
+            index[dim] = slice(first, min(first + step[dim], logits.shape[dim]))
+        yield tuple(index), index[-1]
+
+
+def _load(logits, labels, dtype):
+    """Return the piece in arithmetic precision, and its labels as int64.
+
+    Ignored rows become -inf: as y = 0 their loss, gradient and gradient length are exactly 0.
+    """
+    ignored = (labels < 0).unsqueeze(-1)
+    return logits.to(dtype).masked_fill(ignored, float("-inf")), labels.to(torch.int64)
+
+
+def _bin(length, bins):
+    return (length * bins).to(torch.int64).clamp_(0, bins - 1)
+
+
+def _weighted_bce(x, weight, alpha, gamma, bin_weight, with_slope):
+    """Return the loss of y = 0 at ``x`` and its derivative, which is None unless asked for."""
+    length = torch.sigmoid(x)
+    loss = F.softplus(x, threshold=_SOFTPLUS_LINEAR)
+    slope = None
+    if gamma == 0:
+        slope = length.clone() if with_slope else None
+        modulation = None
+    else:
+        modulation = length.square() if gamma == 2 else length.pow(gamma)
+        if with_slope:
+            slope = (1 - length).mul_(loss).mul_(gamma).add_(length)
+    if bin_weight is not None:
+        of_bin = bin_weight[_bin(length, len(bin_weight))]
+        modulation = of_bin if modulation is None else modulation.mul_(of_bin)
+    for factor in (modulation, weight, alpha):
+        if factor is not None:
+            loss.mul_(factor)
+            if with_slope:
+                slope.mul_(factor)
+    return loss, slope
