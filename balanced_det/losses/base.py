@@ -33,6 +33,11 @@ def reciprocal(normalizer):
     return 1.0 / (normalizer + (normalizer == 0))
 
 
+def normalize(total, normalizer):
+    """Return ``total / normalizer`` in the dtype of ``total``; see :func:`reciprocal`."""
+    return (total * reciprocal(normalizer)).to(total.dtype)
+
+
 class ClassificationLoss(nn.Module):
     """Base class: labelled rows of logits in, one number out.
 
@@ -217,8 +222,7 @@ class BoxLoss(nn.Module):
                 f"{type(self).__name__} needs two (N, 4) tensors, not {tuple(pred.shape)} "
                 f"and {tuple(target.shape)}."
             )
-        total = self.loss_sum(upcast(pred), upcast(target))
-        return (total * reciprocal(normalizer)).to(total.dtype)
+        return normalize(self.loss_sum(upcast(pred), upcast(target)), normalizer)
 
     def loss_sum(self, pred, target):
         """Return the loss summed over the rows of two (N, 4) tensors."""
