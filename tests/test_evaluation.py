@@ -211,12 +211,6 @@ def test_each_class_has_its_own_result():
     ]
 
 
-def test_more_classes_than_are_evaluated_at_once_give_one_result_each(monkeypatch):
-    whole = lvis_result(hand_made(), PERFECT[1:])
-    monkeypatch.setattr("balanced_det.evaluation._CLASSES_AT_ONCE", 2)
-    assert lvis_result(hand_made(), PERFECT[1:]) == whole
-
-
 def test_no_detections_give_zero():
     assert evaluate_lvis(hand_made(), []) == {metric: 0.0 for metric in METRICS}
 
