@@ -10,38 +10,38 @@ import math
 import torch
 
 
-def memory_order(logits):
-    """Return the dimensions of ``logits`` (*lead, K), from the largest stride to the smallest.
+def memory_order(shape, strides):
+    """Return the dimensions of logits (*lead, K), from the largest stride to the smallest.
 
     Dimensions of one element, whose stride means nothing, come first; a class dimension of one
     element comes last, since rows of one class are the simplest layout.
     """
-    last = logits.dim() - 1
-    shape, strides = logits.shape, logits.stride()
+    last = len(shape) - 1
 
     def key(dim):
         if shape[dim] > 1:
             return -strides[dim]
         return 1 if dim == last else -math.inf
 
-    return sorted(range(logits.dim()), key=key)
+    return sorted(range(len(shape)), key=key)
 
 
-def is_dense(logits, order):
-    """Say whether ``logits``, walked in ``order``, covers one block of memory without gaps."""
+def is_dense(shape, strides):
+    """Say whether a tensor, walked in its memory order, covers one block without gaps."""
     expected = 1
-    for dim in reversed(order):
-        if logits.shape[dim] > 1:
-            if logits.stride(dim) != expected:
+    for dim in reversed(memory_order(shape, strides)):
+        if shape[dim] > 1:
+            if strides[dim] != expected:
                 return False
-            expected *= logits.shape[dim]
+            expected *= shape[dim]
     return True
 
 
 def empty_gradient(logits):
     """Return an uninitialised tensor like ``logits``, dense and in the same memory order."""
-    order = memory_order(logits)
-    if is_dense(logits, order):
+    shape, strides = logits.shape, logits.stride()
+    if logits.is_contiguous() or is_dense(shape, strides):
         return torch.empty_like(logits)  # Keeps the strides.
-    inverse = sorted(range(logits.dim()), key=order.__getitem__)
-    return logits.new_empty([logits.shape[dim] for dim in order]).permute(inverse)
+    order = memory_order(shape, strides)
+    inverse = sorted(range(len(shape)), key=order.__getitem__)
+    return logits.new_empty([shape[dim] for dim in order]).permute(inverse)

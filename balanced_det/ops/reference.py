@@ -118,7 +118,7 @@ def _arithmetic_dtype(logits):
 def _pieces(logits):
     """Yield the index of each piece of ``logits`` and the classes (a slice) that it holds."""
     left = _CPU_PIECE if logits.device.type == "cpu" else _DEVICE_PIECE
-    order = memory_order(logits)
+    order = memory_order(logits.shape, logits.stride())
     step = {}
     for dim in reversed(order):  # Whole runs of the fastest dimensions first.
         step[dim] = max(1, min(logits.shape[dim], left))

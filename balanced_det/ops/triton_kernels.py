@@ -1,0 +1,376 @@
+"""The sigmoid losses as Triton kernels: one read of each logit, one write of each gradient.
+
+Every tensor is walked in its own memory order, as (outer, K, inner): the leading dimensions whose
+strides are larger than the classes', the classes, and the leading dimensions whose strides are
+smaller. Row-major logits are (R, K, 1), a convolution's output (N * A, K, H * W). Reads and writes
+are so contiguous in every layout; the labels, laid out as (outer, inner), are compared in the
+kernel. See :mod:`.reference` for the formula; the functions share its signatures.
+
+No size is compiled in, so that images of changing size never compile anew. A program addresses its
+elements by a 64-bit start and 32-bit offsets from it.
+"""
+
+import contextlib
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..errors import InputError
+from .layout import is_dense, memory_order
+
+_BLOCK = 2048  # Elements that a program handles at a time.
+_WARPS = 4
+# Programs a multiprocessor gets in the kernels that loop; they fill its 2048 threads.
+_PROGRAMS_PER_MULTIPROCESSOR = 2048 // (32 * _WARPS)
+_MAX_EXTENT = 1 << 30  # Of K and of inner, so that 32-bit offsets suffice.
+
+# How a tensor lies, see _layout. Named short since Triton wants every number as its own argument.
+_LAYOUT = ["K", "k_mul", "k_shift", "inner", "i_mul", "i_shift"]
+_LAYOUT += ["k_stride", "n1", "n2", "n3", "s0", "s1", "s2", "s3"]
+
+
+@triton.jit
+def _divide(n, multiplier, shift):
+    """n // d for 0 <= n < 2**31, by the numbers that _reciprocal makes of d."""
+    n = n.to(tl.uint32)
+    high = tl.umulhi(n, multiplier.to(tl.uint32, bitcast=True))
+    return ((high + n) >> shift.to(tl.uint32)).to(tl.int32)
+
+
+# fmt: off
+@triton.jit
+def _load(start, offset, numel, logits_ptr, labels_ptr,
+          K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
+          LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr):
+    """Where elements start + offset of (outer, K, inner) lie; their logit, label and class."""
+    # fmt: on
+    if ROW_MAJOR:
+        first_row = start // K
+        k = (start - first_row * K).to(tl.int32) + offset
+        row = _divide(k, k_mul, k_shift)
+        k -= row * K
+    else:
+        first_plane = start // inner
+        row = (start - first_plane * inner).to(tl.int32) + offset
+        plane = _divide(row, i_mul, i_shift)
+        row -= plane * inner
+        first_outer = first_plane // K
+        k = (first_plane - first_outer * K).to(tl.int32) + plane
+        outer = _divide(k, k_mul, k_shift)
+        k -= outer * K
+        first_row = first_outer * inner
+        row += outer * inner
+
+    if LEAD == 0:
+        at = start + offset
+    else:  # Gaps: count out the leading dimensions, fastest first.
+        rest = first_row + row
+        at = k.to(tl.int64) * k_stride
+        if LEAD > 3:
+            at += (rest % n3) * s3
+            rest = rest // n3
+        if LEAD > 2:
+            at += (rest % n2) * s2
+            rest = rest // n2
+        if LEAD > 1:
+            at += (rest % n1) * s1
+            rest = rest // n1
+        at += rest * s0
+
+    inside = start + offset < numel
+    x = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    label = tl.load(labels_ptr + first_row + row, mask=inside, other=-1).to(tl.int32)
+    return at, x, label, k
+
+
+@triton.jit
+def _sigmoid(x, positive):
+    """exp(-|x|), whether the sign of x speaks against y, g = |sigmoid(x) - y| and 1 - g.
+
+    g and 1 - g are both good to float32 rounding, however small.
+    """
+    e = tl.exp(-tl.abs(x))
+    near = 1.0 / (1.0 + e)
+    far = e * near
+    wrong = (x >= 0) != positive
+    return e, wrong, tl.where(wrong, near, far), tl.where(wrong, far, near)
+
+
+@triton.jit
+def _log1p(e):
+    """log(1 + e) for 0 <= e <= 1, good to float32 rounding for small e too.
+
+    The series 2 atanh(s) = 2 (s + s^3 / 3 + s^5 / 5 + ...) at s = e / (2 + e) <= 1/3; the first
+    term left out is below 2e-8 of the sum.
+    """
+    s = e / (2.0 + e)
+    t = s * s
+    series = t * (1.0 / 13) + 1.0 / 11
+    series = series * t + 1.0 / 9
+    series = series * t + 1.0 / 7
+    series = series * t + 1.0 / 5
+    series = series * t + 1.0 / 3
+    return 2.0 * s * (series * t + 1.0)
+
+
+@triton.jit
+def _bin(length, bins):
+    return tl.minimum((length * bins).to(tl.int32), bins - 1)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=[*_LAYOUT, "scale", "bins"])
+def _loss_kernel(
+    logits_ptr, labels_ptr,
+    gradient_ptr,  # None: no gradient.
+    partial_ptr,  # A program's sum.
+    positive_ptr, negative_ptr, background_ptr, bin_ptr,  # Tables; None: all ones.
+    scale_ptr,  # None: the number `scale` counts.
+    scale, bins, numel,
+    K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
+    LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, OVERWRITE: tl.constexpr,
+    ALPHA: tl.constexpr, GAMMA: tl.constexpr, BLOCK: tl.constexpr,
+):
+    # fmt: on
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)
+    at, x, label, k = _load(
+        start, offset, numel, logits_ptr, labels_ptr,
+        K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
+        LEAD, ROW_MAJOR,
+    )  # fmt: skip
+    valid = label >= 0  # Elements past the end carry label -1.
+    positive = label == k
+    e, wrong, length, complement = _sigmoid(x, positive)
+    log1p = _log1p(e)
+    bce = log1p + tl.where(wrong, tl.abs(x), 0.0)
+
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
+    weight = tl.where(valid, scale, 0.0)
+    if GAMMA == 1.0:
+        weight *= length
+    elif GAMMA == 2.0:
+        weight *= length * length
+    elif GAMMA != 0.0:  # log g is to g as -bce to 1 - g.
+        weight *= tl.exp(-GAMMA * (log1p + tl.where(wrong, 0.0, tl.abs(x))))
+    if ALPHA is not None:
+        weight *= tl.where(positive, ALPHA, 1.0 - ALPHA)
+    if positive_ptr is not None:
+        weight *= tl.load(positive_ptr + k, mask=positive, other=1.0)
+    if negative_ptr is not None:
+        weight *= tl.load(negative_ptr + k, mask=valid & (label < K) & (label != k), other=1.0)
+    if background_ptr is not None:
+        weight *= tl.load(background_ptr + k, mask=label >= K, other=1.0)
+    if bin_ptr is not None:
+        weight *= tl.load(bin_ptr + _bin(length, bins), mask=valid, other=1.0)
+
+    # Chosen, not multiplied by 0: an ignored row's logits may be infinite.
+    loss = tl.where(valid, weight * bce, 0.0)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(loss, axis=0))
+    if gradient_ptr is not None:
+        slope = length
+        if GAMMA != 0.0:
+            slope += GAMMA * complement * bce
+        slope = tl.where(valid, tl.where(positive, -weight, weight) * slope, 0.0)
+        if not OVERWRITE:
+            at = start + offset
+        tl.store(gradient_ptr + at, slope, mask=start + offset < numel)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=[*_LAYOUT, "bins"])
+def _histogram_kernel(
+    logits_ptr, labels_ptr,
+    counts_ptr,  # (bins,) int64
+    bins, numel,
+    K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
+    LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    # fmt: on
+    slots = tl.arange(0, SLOTS)
+    counts = tl.zeros((SLOTS,), tl.int32)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    for start in range(first, numel, tl.num_programs(0) * BLOCK):
+        _, x, label, k = _load(
+            start, tl.arange(0, BLOCK), numel, logits_ptr, labels_ptr,
+            K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
+            LEAD, ROW_MAJOR,
+        )  # fmt: skip
+        _, _, length, _ = _sigmoid(x, label == k)
+        # Ignored elements count in a slot past the last bin.
+        counts += tl.histogram(tl.where(label >= 0, _bin(length, bins), bins), SLOTS)
+    tl.atomic_add(counts_ptr + slots, counts.to(tl.int64), mask=slots < bins)
+
+
+@triton.jit
+def _scale_kernel(gradient_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, numel, tl.num_programs(0) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            value = tl.load(gradient_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
+            tl.store(gradient_ptr + at, value * factor, mask=at < numel)
+
+
+def loss_and_gradient(
+    logits,
+    labels,
+    gradient,
+    *,
+    alpha,
+    gamma,
+    positive_weight,
+    negative_weight,
+    background_weight,
+    bin_weight,
+    scale,
+):
+    """Return the 0-dim loss; write its gradient into ``gradient`` unless that is None.
+
+    ``logits`` and ``gradient`` are (*lead, K), and may be one tensor; ``labels`` is (*lead).
+    """
+    numel = logits.numel()
+    if numel == 0:
+        return logits.new_zeros((), dtype=torch.float32)
+    labels, layout, options = _prepare(logits, labels)
+    programs = triton.cdiv(numel, _BLOCK)
+    partial = torch.empty(programs, dtype=torch.float32, device=logits.device)
+    scale_tensor, scale = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
+    with _current_device(logits):
+        _loss_kernel[(programs,)](
+            logits,
+            labels,
+            gradient,
+            partial,
+            positive_weight,
+            negative_weight,
+            background_weight,
+            bin_weight,
+            scale_tensor,
+            float(scale),
+            0 if bin_weight is None else len(bin_weight),
+            numel,
+            *layout,
+            **options,
+            OVERWRITE=gradient is not None and gradient.data_ptr() == logits.data_ptr(),
+            ALPHA=alpha,
+            GAMMA=gamma,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
+        )
+    return partial.sum()
+
+
+def histogram(logits, labels, bins):
+    """Return the (bins,) int64 counts of gradient lengths over rows labelled >= 0."""
+    numel = logits.numel()
+    counts = torch.zeros(bins, dtype=torch.int64, device=logits.device)
+    if numel == 0:
+        return counts
+    labels, layout, options = _prepare(logits, labels)
+    with _current_device(logits):
+        _histogram_kernel[(_looping_programs(logits),)](
+            logits,
+            labels,
+            counts,
+            bins,
+            numel,
+            *layout,
+            **options,
+            SLOTS=triton.next_power_of_2(bins + 1),
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
+        )
+    return counts
+
+
+def scale_gradient_(gradient, factor):
+    """Multiply ``gradient`` in place by the 0-dim ``factor``; a factor of 1 moves no memory."""
+    if gradient.numel() == 0:
+        return
+    if not is_dense(gradient.shape, gradient.stride()):  # It overwrote logits with gaps.
+        gradient.copy_(gradient.float() * factor)
+        return
+    with _current_device(gradient):
+        _scale_kernel[(_looping_programs(gradient),)](
+            gradient, factor, gradient.numel(), BLOCK=_BLOCK, num_warps=_WARPS
+        )
+
+
+def _prepare(logits, labels):
+    """Return the labels in the logits' memory order, and the kernels' layout arguments."""
+    lead, layout, options = _layout(logits.shape, logits.stride())
+    labels = labels.permute(lead)
+    if not labels.is_contiguous():
+        labels = labels.to(torch.int32, memory_format=torch.contiguous_format)
+    return labels, layout, options
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(shape, strides):
+    """Return the leading dimensions in memory order, and the kernels' arguments of _LAYOUT."""
+    order = memory_order(shape, strides)
+    class_dim = len(shape) - 1
+    lead = [dim for dim in order if dim != class_dim]
+    inner = math.prod(shape[dim] for dim in order[order.index(class_dim) + 1 :])
+    num_classes = shape[class_dim]
+    if max(num_classes, inner) > _MAX_EXTENT:
+        raise InputError(f"Logits of shape {tuple(shape)} are beyond the Triton implementation.")
+
+    gaps = []  # (size, stride) of each leading dimension, those merged that can be.
+    if not is_dense(shape, strides):
+        for dim in lead:
+            size, stride = shape[dim], strides[dim]
+            if gaps and gaps[-1][1] == size * stride:
+                gaps[-1] = gaps[-1][0] * size, stride
+            elif size > 1:
+                gaps.append((size, stride))
+        gaps = gaps or [(1, 0)]
+    filled = gaps + [(1, 0)] * (4 - len(gaps))
+    layout = (
+        num_classes,
+        *_reciprocal(num_classes),
+        inner,
+        *_reciprocal(inner),
+        strides[class_dim],
+        *(size for size, _ in filled[1:]),
+        *(stride for _, stride in filled),
+    )
+    return lead, layout, dict(LEAD=len(gaps), ROW_MAJOR=inner == 1)
+
+
+def _reciprocal(divisor):
+    """Return (multiplier, shift) with n // divisor == (n * multiplier // 2**32 + n) >> shift.
+
+    For 0 <= n < 2**31; the multiplier is a 32-bit pattern, given as a signed number. (Granlund and
+    Montgomery, Division by invariant integers using multiplication, PLDI 1994.)
+    """
+    shift = (divisor - 1).bit_length()
+    multiplier = (((1 << shift) - divisor) << 32) // divisor + 1
+    return multiplier - (1 << 32) if multiplier >= 1 << 31 else multiplier, shift
+
+
+def _looping_programs(tensor):
+    """Return the number of programs that fills the device, or fewer for a small tensor."""
+    blocks = triton.cdiv(tensor.numel(), _BLOCK)
+    return min(blocks, _capacity(tensor.device))
+
+
+@functools.cache
+def _capacity(device):
+    if device.type != "cuda":
+        return 4  # The interpreter runs programs one by one; a few exercise the loops.
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count * _PROGRAMS_PER_MULTIPROCESSOR
+
+
+def _current_device(tensor):
+    """Return the context in which Triton launches on the tensor's device."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
