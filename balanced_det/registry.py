@@ -30,14 +30,18 @@ class Registry:
         self._methods[name] = method
         return method
 
-    def get(self, name):
-        """Return the method called ``name``; an unknown name is an :class:`InputError`."""
-        try:
-            return self._methods[name]
-        except KeyError:
+    def get(self, name, key=None):
+        """Return the method called ``name``.
+
+        An unknown name is an :class:`InputError` that lists the known ones, and names the config
+        ``key`` that asked for it where one is given.
+        """
+        if name not in self._methods:
+            where = f"{key}: " if key else ""
             raise InputError(
-                f"Unknown {self.kind} '{name}'; known are: {', '.join(sorted(self._methods))}."
-            ) from None
+                f"{where}unknown {self.kind} '{name}'; known are: {', '.join(self.names())}."
+            )
+        return self._methods[name]
 
     def names(self):
         """Return the registered names, sorted."""

@@ -1,0 +1,24 @@
+"""Detectors with any loss and sampler of ``BALANCE``; importing this registers them."""
+
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "balanced_det.detectors needs Detectron2: run 'make .venv' in a checkout of balanced_det, "
+        "or install Detectron2 for your torch."
+    ) from error
+
+from .. import pyramid  # noqa: F401  (registers the backbone)
+from .fcos import BalancedFCOS
+from .rcnn import BalancedCascadeROIHeads, BalancedFastRCNNOutputLayers, BalancedROIHeads
+from .retinanet import BalancedRetinaNet
+from .rpn import BalancedRPN
+
+__all__ = [
+    "BalancedCascadeROIHeads",
+    "BalancedFCOS",
+    "BalancedFastRCNNOutputLayers",
+    "BalancedROIHeads",
+    "BalancedRPN",
+    "BalancedRetinaNet",
+]

@@ -1,0 +1,41 @@
+# make demo   generate a long-tailed data set, train a detector with EQL on it, evaluate it
+# make test   lint and tests
+# make lint   lint alone
+# make bench  the benchmarks, sized for this machine
+# Each installs what it needs into .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+
+.PHONY: demo test lint bench clean
+
+$(READY): requirements.txt requirements-detectron2.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-detectron2.txt
+	echo geowatch_tpl/submodules_static/detectron2 \
+		> $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/detectron2.pth
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(READY)
+
+.venv: $(READY)
+
+demo: $(READY)
+	$(PY) -m balanced_det.data.shapes --out datasets/shapes
+	$(PY) train_net.py --config-file configs/quickstart.yaml
+
+test: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(READY)
+	$(PY) benchmarks/bench_losses.py
+	$(PY) benchmarks/bench_samplers.py
+
+clean:
+	rm -rf $(VENV) output datasets/shapes

@@ -1,0 +1,165 @@
+"""Counting the training set through the label assignment of a detector, before it trains.
+
+The optimal prior and the class-adaptive thresholds (arXiv 1909.04868) need to know how many rows a
+detector sees and how many of them are foreground. Annotations and image sizes tell: no pixel is
+read, and no network runs.
+"""
+
+import dataclasses
+import logging
+import math
+
+import numpy as np
+import torch
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.utils import comm
+
+from ..errors import InputError
+from ..priors import optimal_prior
+from ..rows import foreground
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowCounts:
+    """Rows that a detector labels, summed over some training images.
+
+    Attributes:
+        num_foreground: N_f, rows that carry an object class.
+        num_rows: N, rows that are not ignored.
+        num_images: images counted.
+        standard_error: of N_f / N, relative to it.
+    """
+
+    num_foreground: int
+    num_rows: int
+    num_images: int
+    standard_error: float
+
+
+def count_rows(part, backbone, cfg, dataset_dicts):
+    """Count the rows of one part of a detector over data set dicts.
+
+    Images are resized and boxes transformed as the training's ``DatasetMapper`` does; each image is
+    padded alone, so rows that only exist because a batch is padded to its largest image are not
+    counted.
+
+    Args:
+        part: what labels rows: has ``num_classes``, ``label_rows(features, instances)`` and
+            ``row_features``, the names of the backbone's feature maps.
+        backbone: Detectron2 ``Backbone``; only its strides are used.
+        cfg: the config, for the input resizing.
+        dataset_dicts: Detectron2's standard format.
+
+    Returns:
+        :class:`RowCounts`.
+    """
+    strides = [backbone.output_shape()[name].stride for name in part.row_features]
+    augmentations = T.AugmentationList(DatasetMapper.from_config(cfg, True)["augmentations"])
+    counts = []  # (foreground, rows) an image
+    for record in dataset_dicts:
+        instances = _resized_instances(record, augmentations)
+        height, width = instances.image_size
+        divisor = max(backbone.size_divisibility, 1)
+        features = [
+            torch.empty(1, 0, _levels(height, divisor, s), _levels(width, divisor, s))
+            for s in strides
+        ]
+        labels = part.label_rows(features, instances)  # (R,)
+        counts.append(
+            (foreground(labels, part.num_classes).sum().item(), (labels >= 0).sum().item())
+        )
+    return _summarize(np.asarray(counts, dtype=np.int64).reshape(-1, 2))
+
+
+def fit_to_training_data(model, cfg):
+    """Count what ``cfg.BALANCE`` asks for and set biases and thresholds by it, before training.
+
+    One worker counts and shares the result with all; the counts are logged, and what is set by them
+    is saved with the model.
+    """
+    if isinstance(model, GeneralizedRCNN):
+        name, part = "RPN", model.proposal_generator
+    else:
+        name, part = "DENSE", model
+    keys = cfg.BALANCE[name]
+    # The region heads count their thresholds while they train: proposals come from the network.
+    if not keys.OPTIMAL_PRIOR and keys.get("SCORE_THRESHOLD", "fixed") == "fixed":
+        return
+    counts = _counted_once(part, model.backbone, cfg)
+    prior = optimal_prior(counts.num_foreground, counts.num_rows, part.num_classes)
+    logger.info(
+        "BALANCE.%s: %d of %d rows are foreground (%d images, standard error %.1f%%); "
+        "the optimal prior is %.4g.",
+        name,
+        counts.num_foreground,
+        counts.num_rows,
+        counts.num_images,
+        100 * counts.standard_error,
+        prior,
+    )
+    if keys.OPTIMAL_PRIOR:
+        part.set_prior(prior)
+    if name == "DENSE":
+        part.score_threshold.set_row_counts(counts.num_foreground, counts.num_rows)
+
+
+def _counted_once(part, backbone, cfg):
+    counts = None
+    if comm.is_main_process():
+        dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            check_consistency=False,
+        )
+        # The choice of images is part of the result, so it never varies.
+        chosen = np.random.RandomState(0).permutation(len(dicts))[: cfg.BALANCE.COUNT_IMAGES or None]
+        device = next(backbone.parameters()).device
+        state = np.random.get_state()  # the augmentations draw from numpy
+        np.random.seed(0)
+        part.cpu()
+        try:
+            counts = count_rows(part, backbone, cfg, [dicts[i] for i in chosen])
+        finally:
+            part.to(device)
+            np.random.set_state(state)
+        if counts.num_foreground == 0:
+            raise InputError(
+                f"No row of {counts.num_images} images of {', '.join(cfg.DATASETS.TRAIN)} is "
+                "foreground, so there is no optimal prior; do the anchors fit the objects?"
+            )
+    return comm.all_gather(counts)[0]
+
+
+def _resized_instances(record, augmentations):
+    image = T.AugInput(np.zeros((record["height"], record["width"]), dtype=np.uint8))
+    transforms = augmentations(image)
+    size = image.image.shape[:2]
+    annotations = [
+        # Boxes alone: rows are not labelled by masks.
+        utils.transform_instance_annotations(
+            {k: a[k] for k in ("bbox", "bbox_mode", "category_id")}, transforms, size
+        )
+        for a in record["annotations"]
+        if a.get("iscrowd", 0) == 0
+    ]
+    return utils.filter_empty_instances(utils.annotations_to_instances(annotations, size))
+
+
+def _levels(size, divisor, stride):
+    """Return the cells of a feature map along one axis of an image padded to a multiple."""
+    return math.ceil(math.ceil(size / divisor) * divisor / stride)
+
+
+def _summarize(counts):
+    num_foreground, num_rows = (int(n) for n in counts.sum(axis=0))
+    error = math.inf
+    if len(counts) > 1 and num_foreground:
+        # The standard error of a ratio of sums over images drawn at random.
+        residual = counts[:, 0] - num_foreground / num_rows * counts[:, 1]
+        error = math.sqrt(len(counts) * residual.var(ddof=1)) / num_foreground
+    return RowCounts(num_foreground, num_rows, len(counts), error)

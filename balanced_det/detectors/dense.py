@@ -1,0 +1,129 @@
+"""What the one-stage detectors share: rows of all pyramid levels, read where the head left them."""
+
+import torch
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from ..rows import foreground, ignore_others, level_rows, split_levels
+from .thresholds import CountedScoreThreshold
+
+
+class BalancedDenseDetector(CountedScoreThreshold):
+    """Losses and scores from a criterion, for Detectron2's dense detectors to inherit first.
+
+    The class that inherits it calls :meth:`_init_balance` in its constructor.
+    """
+
+    def _init_balance(
+        self,
+        criterion,
+        sampler,
+        *,
+        score_threshold,
+        prior_prob,
+        initial_normalizer,
+        hard_rows_per_image,
+        hard_positive_fraction,
+    ):
+        self.criterion = criterion
+        self.sampler = sampler
+        self.score_threshold = score_threshold
+        self.hard_rows_per_image = hard_rows_per_image
+        self.hard_positive_fraction = hard_positive_fraction
+        self.set_prior(prior_prob)
+        # Foreground rows of a worker's batch, a moving average as Detectron2 has it. A buffer, so
+        # that it is saved with the model and no step waits for the device to know it.
+        self.register_buffer("loss_normalizer", torch.tensor(float(initial_normalizer)))
+
+    def set_prior(self, prior_prob):
+        """Start every class at the given probability: set the bias of the last layer."""
+        layer = self.head.cls_score
+        bias = self.criterion.classification_loss.initial_bias(prior_prob)  # (num_logits,)
+        with torch.no_grad():
+            layer.bias.copy_(bias.repeat(len(layer.bias) // len(bias)))
+
+    @property
+    def row_features(self):
+        """The names of the feature maps that have rows, fine to coarse."""
+        return self.head_in_features
+
+    def label_rows(self, features, instances):
+        """Return the labels (R,) of one image's rows.
+
+        Args:
+            features: one tensor a level, of which only the last two sizes matter.
+            instances: ``Instances`` with ``gt_boxes`` and ``gt_classes``.
+        """
+        return self.label_anchors(self.anchor_generator(features), [instances])[0][0]
+
+    def _dense_losses(self, anchors, logits, deltas, gt_labels, gt_boxes):
+        """Return the criterion's losses and the foreground rows that they were computed on.
+
+        Args:
+            anchors: (R, 4), of all levels.
+            logits, deltas: the head's output, (N, A num_logits, H, W) and (N, A 4, H, W) a level.
+            gt_labels: (N, R).
+            gt_boxes: (N, R, 4).
+
+        Returns:
+            (losses, (image, anchor)): the index vectors of the F foreground rows.
+        """
+        levels = [level_rows(x, self.criterion.num_logits) for x in logits]
+        if self.sampler.needs_losses:
+            gt_labels = self._hard_rows(levels, gt_labels)
+        image, anchor = foreground(gt_labels, self.num_classes).nonzero(as_tuple=True)  # (F,)
+        get_event_storage().put_scalar("num_pos_anchors", len(image) / len(gt_labels))
+
+        boxes = self.criterion.box_pairs(
+            self.box2box_transform,
+            anchors[anchor],
+            torch.cat([level_rows(x, 4).flatten(1, 3) for x in deltas], dim=1)[image, anchor],
+            gt_boxes[image, anchor],
+        )
+        losses = self.criterion(
+            levels,
+            split_levels(gt_labels, levels),
+            boxes,
+            self._update_normalizer(len(image)),
+            # Nobody reads the logits after their loss: the gradient may take their place.
+            overwrite_logits=True,
+        )
+        return losses, (image, anchor)
+
+    def _update_normalizer(self, num_foreground, momentum=0.9):
+        count = self.loss_normalizer.new_tensor(float(max(num_foreground, 1)))
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(count)
+            count /= comm.get_world_size()
+        self.loss_normalizer.lerp_(count, 1 - momentum)
+        return self.loss_normalizer.clone()
+
+    @torch.no_grad()
+    def _hard_rows(self, levels, gt_labels):
+        losses = [
+            self.criterion.classification_loss.row_losses(rows, labels).flatten(1)
+            for rows, labels in zip(levels, split_levels(gt_labels, levels), strict=True)
+        ]
+        chosen = []
+        for labels, losses_of_image in zip(gt_labels, torch.cat(losses, dim=1), strict=True):
+            kept = self.sampler(
+                labels,
+                None,
+                self.hard_rows_per_image,
+                self.hard_positive_fraction,
+                self.num_classes,
+                losses=losses_of_image,
+            )
+            chosen.append(ignore_others(labels, torch.cat(kept)))
+        return torch.stack(chosen)
+
+
+def resize_classifier(head, num_anchors_times_logits):
+    """Give a dense head as many logits as the classification loss needs."""
+    old = head.cls_score
+    if old.out_channels != num_anchors_times_logits:
+        head.cls_score = nn.Conv2d(
+            old.in_channels, num_anchors_times_logits, old.kernel_size, old.stride, old.padding
+        )
+        nn.init.normal_(head.cls_score.weight, std=0.01)

@@ -1,0 +1,136 @@
+"""FCOS, an anchor-free detector, with any loss and sampler of ``BALANCE``.
+
+With focal loss and GIoU the losses are those of Detectron2's ``FCOS``, which has no config keys of
+its own; those here are ``MODEL.FCOS``.
+"""
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from detectron2.structures import Boxes
+from torch.nn import functional as F
+
+from ..criterion import build_criterion, build_sampler
+from ..errors import InputError
+from ..losses.base import normalize
+from .dense import BalancedDenseDetector
+from .thresholds import build_score_threshold
+
+
+@META_ARCH_REGISTRY.register()
+class BalancedFCOS(BalancedDenseDetector, FCOS):
+    """Detectron2's ``FCOS``, with its losses and sampler taken from ``BALANCE.DENSE``.
+
+    Args:
+        criterion: the :class:`~balanced_det.criterion.Criterion`.
+        sampler: which points take part, see :mod:`balanced_det.samplers`.
+        score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
+        prior_prob: the probability that every class starts with.
+        hard_rows_per_image, hard_positive_fraction: what a sampler by loss (OHEM) picks.
+        kwargs: Detectron2's own arguments.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        criterion,
+        sampler,
+        score_threshold,
+        prior_prob=0.01,
+        hard_rows_per_image=512,
+        hard_positive_fraction=0.25,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self._init_balance(
+            criterion,
+            sampler,
+            score_threshold=score_threshold,
+            prior_prob=prior_prob,
+            initial_normalizer=300,  # as Detectron2's FCOS
+            hard_rows_per_image=hard_rows_per_image,
+            hard_positive_fraction=hard_positive_fraction,
+        )
+
+    @classmethod
+    def from_config(cls, cfg):
+        """Translate the config, see :class:`BalancedFCOS`."""
+        fcos = cfg.MODEL.FCOS
+        backbone = build_backbone(cfg)
+        shapes = [backbone.output_shape()[name] for name in fcos.IN_FEATURES]
+        criterion = build_criterion(cfg, "DENSE", fcos.NUM_CLASSES)
+        sampler = build_sampler(cfg, "DENSE")
+        if sampler.needs_ious:
+            raise InputError(
+                f"BALANCE.DENSE.SAMPLER: '{cfg.BALANCE.DENSE.SAMPLER}' chooses by IoU, "
+                "which the points of FCOS do not have."
+            )
+        return {
+            "backbone": backbone,
+            "head": FCOSHead(
+                input_shape=shapes,
+                conv_dims=[shapes[0].channels] * fcos.NUM_CONVS,
+                num_classes=criterion.num_logits,
+                norm=fcos.NORM,
+            ),
+            "head_in_features": fcos.IN_FEATURES,
+            "num_classes": fcos.NUM_CLASSES,
+            "center_sampling_radius": fcos.CENTER_SAMPLING_RADIUS,
+            "test_score_thresh": fcos.SCORE_THRESH_TEST,
+            "test_topk_candidates": fcos.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": fcos.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "criterion": criterion,
+            "sampler": sampler,
+            "score_threshold": build_score_threshold(
+                cfg, "DENSE", fcos.NUM_CLASSES, fcos.SCORE_THRESH_TEST
+            ),
+            "prior_prob": cfg.BALANCE.DENSE.PRIOR_PROB,
+        }
+
+    def forward_training(self, images, features, predictions, gt_instances):
+        """Return ``{"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}``, as Detectron2 does."""
+        logits, deltas, centerness = predictions
+        anchors = self.anchor_generator(features)
+        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        losses, (image, anchor) = self._dense_losses(
+            Boxes.cat(anchors).tensor,
+            logits,
+            deltas,
+            torch.stack(gt_labels),
+            torch.stack(gt_boxes),
+        )
+        targets = self.compute_ctrness_targets(anchors, gt_boxes)[image, anchor]  # (F,)
+        centerness = torch.cat([x.flatten(1) for x in centerness], dim=1)[image, anchor]
+        loss_centerness = F.binary_cross_entropy_with_logits(
+            centerness.float(), targets, reduction="sum"
+        )
+        return {
+            "loss_fcos_cls": losses["loss_cls"],
+            "loss_fcos_loc": losses["loss_box_reg"],
+            "loss_fcos_ctr": normalize(loss_centerness, self.loss_normalizer),
+        }
+
+    def forward_inference(self, images, features, predictions):
+        """Return one ``Instances`` an image; arguments as in Detectron2."""
+        logits, deltas, centerness = self._transpose_dense_predictions(
+            predictions, [self.criterion.num_logits, 4, 1]
+        )
+        anchors = self.anchor_generator(features)
+        return [
+            self.inference_single_image(
+                anchors,
+                [
+                    # The geometric mean of both, as in arXiv 2006.09214, Eq. 4.
+                    (self.criterion.scores(x[i]) * c[i].float().sigmoid()).sqrt()
+                    for x, c in zip(logits, centerness, strict=True)
+                ],
+                [x[i] for x in deltas],
+                image_size,
+            )
+            for i, image_size in enumerate(images.image_sizes)
+        ]

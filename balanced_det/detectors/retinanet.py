@@ -1,0 +1,103 @@
+"""RetinaNet with any loss and sampler of ``BALANCE``.
+
+With focal loss and smooth L1 the losses are Detectron2's own.
+"""
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.structures import Boxes
+
+from ..criterion import build_criterion, build_sampler, refuse_overridden_keys
+from .dense import BalancedDenseDetector, resize_classifier
+from .thresholds import build_score_threshold
+
+_REPLACED_KEYS = {
+    "MODEL.RETINANET.FOCAL_LOSS_ALPHA": (0.25, "BALANCE.FocalLoss.ALPHA"),
+    "MODEL.RETINANET.FOCAL_LOSS_GAMMA": (2.0, "BALANCE.FocalLoss.GAMMA"),
+    "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": (0.1, "BALANCE.SmoothL1Loss.BETA"),
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "BALANCE.DENSE.BOX_LOSS"),
+    "MODEL.RETINANET.PRIOR_PROB": (0.01, "BALANCE.DENSE.PRIOR_PROB"),
+}
+
+
+@META_ARCH_REGISTRY.register()
+class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
+    """Detectron2's ``RetinaNet``, with its losses and sampler taken from ``BALANCE.DENSE``.
+
+    Args:
+        criterion: the :class:`~balanced_det.criterion.Criterion`.
+        sampler: which anchors take part, see :mod:`balanced_det.samplers`.
+        score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
+        prior_prob: the probability that every class starts with.
+        hard_rows_per_image, hard_positive_fraction: what a sampler by loss (OHEM) picks.
+        kwargs: Detectron2's own arguments.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        criterion,
+        sampler,
+        score_threshold,
+        prior_prob=0.01,
+        hard_rows_per_image=512,
+        hard_positive_fraction=0.25,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self._init_balance(
+            criterion,
+            sampler,
+            score_threshold=score_threshold,
+            prior_prob=prior_prob,
+            initial_normalizer=100,  # as Detectron2's RetinaNet
+            hard_rows_per_image=hard_rows_per_image,
+            hard_positive_fraction=hard_positive_fraction,
+        )
+
+    @classmethod
+    def from_config(cls, cfg):
+        """Translate the config, see :class:`BalancedRetinaNet`."""
+        refuse_overridden_keys(cfg, "DENSE", _REPLACED_KEYS)
+        ret = super().from_config(cfg)
+        criterion = build_criterion(cfg, "DENSE", ret["num_classes"])
+        resize_classifier(
+            ret["head"], ret["anchor_generator"].num_anchors[0] * criterion.num_logits
+        )
+        ret.update(
+            criterion=criterion,
+            sampler=build_sampler(cfg, "DENSE"),
+            score_threshold=build_score_threshold(
+                cfg, "DENSE", ret["num_classes"], ret["test_score_thresh"]
+            ),
+            prior_prob=cfg.BALANCE.DENSE.PRIOR_PROB,
+        )
+        return ret
+
+    def forward_training(self, images, features, predictions, gt_instances):
+        """Return ``{"loss_cls", "loss_box_reg"}``; arguments as in Detectron2."""
+        anchors = self.anchor_generator(features)
+        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        losses, _ = self._dense_losses(
+            Boxes.cat(anchors).tensor, *predictions, torch.stack(gt_labels), torch.stack(gt_boxes)
+        )
+        return losses
+
+    def forward_inference(self, images, features, predictions):
+        """Return one ``Instances`` an image; arguments as in Detectron2."""
+        logits, deltas = self._transpose_dense_predictions(
+            predictions, [self.criterion.num_logits, 4]
+        )
+        anchors = self.anchor_generator(features)
+        return [
+            self.inference_single_image(
+                anchors,
+                [self.criterion.scores(x[i]) for x in logits],
+                [x[i] for x in deltas],
+                image_size,
+            )
+            for i, image_size in enumerate(images.image_sizes)
+        ]

@@ -1,0 +1,190 @@
+"""The trainer: Detectron2's, with this project's evaluation, counted priors and log entries."""
+
+import functools
+import logging
+import os
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
+from tabulate import tabulate
+
+from .config import add_balanced_det_config
+from .criterion import Criterion
+from .data.registration import check_num_classes, register_datasets, training_statistics
+from .detectors.counting import fit_to_training_data
+from .errors import InputError
+from .evaluation import build_evaluator
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's ``DefaultTrainer`` for the detectors of this project.
+
+    It trains on CPU with several processes too, trains the part of a model that
+    ``BALANCE.TRAIN_ONLY`` names, and evaluates as LVIS does.
+    """
+
+    def __init__(self, cfg):
+        create_ddp_model = defaults.create_ddp_model
+        if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+            # Detectron2 gives every process a GPU, which processes on CPU refuse.
+            defaults.create_ddp_model = functools.partial(create_ddp_model, device_ids=None)
+        try:
+            super().__init__(cfg)
+        finally:
+            defaults.create_ddp_model = create_ddp_model
+
+    @classmethod
+    def build_model(cls, cfg):
+        """Build the model, and freeze all of it but ``BALANCE.TRAIN_ONLY``."""
+        check_model_classes(cfg)
+        model = super().build_model(cfg)
+        train_only(model, cfg.BALANCE.TRAIN_ONLY)
+        return model
+
+    def resume_or_load(self, resume=True):
+        """Count the training set where the config asks for it, then load as Detectron2 does."""
+        resumed = resume and self.checkpointer.has_checkpoint()
+        if self.cfg.BALANCE.COUNT and not resumed:
+            fit_to_training_data(getattr(self.model, "module", self.model), self.cfg)
+        super().resume_or_load(resume)
+
+    def train(self):
+        """Train; return the results of the last evaluation, or None on workers but the main one."""
+        super().train()
+        return getattr(self, "_last_eval_results", None)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        """Return the evaluator of a data set, see :func:`balanced_det.evaluation.build_evaluator`."""
+        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        try:
+            statistics = training_statistics(cfg)
+        except InputError as error:
+            if cfg.BALANCE.COUNT:
+                raise
+            logger.warning("Evaluating without the training set's class counts: %s", error)
+            statistics = None
+        return build_evaluator(cfg, dataset_name, output_folder, train_statistics=statistics)
+
+    def build_hooks(self):
+        """Return Detectron2's hooks and the one that logs what the criteria monitor."""
+        ret = super().build_hooks()
+        writers = [hook for hook in ret if isinstance(hook, hooks.PeriodicWriter)]
+        ret.insert(ret.index(writers[0]) if writers else len(ret), LogMonitored())
+        return ret
+
+
+class LogMonitored(HookBase):
+    """Write what each criterion monitors (unscaled loss, guided scale) to the event storage.
+
+    Args:
+        period: iterations between two entries; each waits for the device once.
+    """
+
+    def __init__(self, period=20):
+        self.period = period
+
+    def after_step(self):
+        """Log when the period is over."""
+        if (self.trainer.iter + 1) % self.period and self.trainer.iter + 1 < self.trainer.max_iter:
+            return
+        for name, module in self.trainer.model.named_modules():
+            if isinstance(module, Criterion):
+                part = name.removeprefix("module.").rpartition(".")[0] or "dense"
+                for key, value in module.monitored.items():
+                    self.trainer.storage.put_scalar(f"{part}/{key}", value.item())
+
+
+def print_results(results, output_dir):
+    """Print AP, AP50, AP75, APr, APc and APf of every task, and where the run wrote its files.
+
+    Args:
+        results: what ``Trainer.test`` returns, {task: {metric: percent}}, or that of each data set;
+            None, on a worker that has none, prints nothing.
+        output_dir: the run's folder.
+    """
+    if not results:
+        return
+    rows = list(_metric_rows(results))
+    names = ["AP", "AP50", "AP75", "APr", "APc", "APf"]
+    names = [n for n in names if any(n in metrics for _, metrics in rows)]
+    table = tabulate(
+        [[task, *(metrics.get(n, float("nan")) for n in names)] for task, metrics in rows],
+        headers=["", *names],
+        floatfmt=".1f",
+        tablefmt="github",
+    )
+    print(f"\n{table}\n\nWritten to {os.path.abspath(output_dir)}")
+
+
+def _metric_rows(results, prefix=""):
+    for name, value in results.items():
+        if isinstance(value, dict) and value and not isinstance(next(iter(value.values())), dict):
+            yield prefix + name, value
+        elif isinstance(value, dict):
+            yield from _metric_rows(value, f"{prefix}{name} ")
+
+
+def train_only(model, prefixes):
+    """Freeze all parameters but those whose name starts with one of ``prefixes``.
+
+    Frozen batch statistics stay as they are, too. An empty list leaves the model as it is; a prefix
+    that no parameter has is an :class:`InputError`.
+    """
+    if not prefixes:
+        return
+    prefixes = tuple(prefixes)
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            raise InputError(f"BALANCE.TRAIN_ONLY: no parameter's name starts with '{prefix}'.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(prefixes))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("Training %d parameters, those of %s; all others are frozen.", trained, prefixes)
+
+
+def check_model_classes(cfg):
+    """Refuse a config whose number of classes is not that of its data sets."""
+    node = {
+        "GeneralizedRCNN": "ROI_HEADS",
+        "BalancedRetinaNet": "RETINANET",
+        "BalancedFCOS": "FCOS",
+    }.get(cfg.MODEL.META_ARCHITECTURE)
+    if node is not None:
+        check_num_classes(cfg, cfg.MODEL[node].NUM_CLASSES, f"MODEL.{node}.NUM_CLASSES")
+
+
+def load_config(config_file, opts=(), **overrides):
+    """Read a config file of this project and register the data sets that it names.
+
+    Args:
+        config_file: path of a YAML file.
+        opts: ["KEY", "VALUE", ...] to set after that, as on the command line.
+        overrides: more keys to set, with "__" for each dot.
+
+    Returns:
+        The config, not frozen. A key that does not exist, or a value of the wrong type, is an
+        :class:`InputError`.
+    """
+    cfg = get_cfg()
+    add_balanced_det_config(cfg)
+    try:
+        # Detectron2's default may execute code from the file.
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+        cfg.merge_from_list(list(opts))
+    except FileNotFoundError as error:
+        raise InputError(f"The config file '{error.filename}' does not exist.") from None
+    except (KeyError, ValueError, AssertionError) as error:
+        reason = str(error.args[0]) if error.args else str(error)
+        raise InputError(f"{config_file} {' '.join(opts)}: {reason}".strip()) from None
+    for key, value in overrides.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    if not torch.cuda.is_available() and cfg.MODEL.DEVICE == "cuda":
+        logger.warning("No GPU is available: MODEL.DEVICE is set to cpu.")
+        cfg.MODEL.DEVICE = "cpu"
+    register_datasets(cfg)
+    return cfg
