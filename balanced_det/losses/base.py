@@ -162,7 +162,7 @@ class SoftmaxLoss(ClassificationLoss):
         logits = upcast(logits).masked_fill((labels < 0).unsqueeze(-1), 0.0)
         return F.cross_entropy(
             logits.reshape(-1, self.num_logits),
-            labels.reshape(-1),
+            labels.reshape(-1).long(),
             ignore_index=-1,
             reduction="none",
         )

@@ -5,9 +5,10 @@ x = pred - target,
 
     dL/d|x| = alpha ln(b |x| + 1) for |x| < 1, gamma beyond,  with alpha ln(b + 1) = gamma,
 
-which raises the gradient of accurate samples over smooth L1's. Integrated, for c = min(|x|, 1),
+which raises the gradient of accurate samples over smooth L1's. Its integral is
 
-    L_1(x) = (alpha / b) (b c + 1) ln(b c + 1) - alpha c + gamma (|x| - c).
+    L_1(x) = (alpha / b) (b |x| + 1) ln(b |x| + 1) - alpha |x|    for |x| < 1,
+             gamma |x| + gamma / b - alpha                        beyond.
 
 beta is to be the point where the curve becomes linear. The published code divides by it inside the
 logarithm only, (alpha / b) (b |x| + 1) ln(b |x| / beta + 1) - alpha |x|. For beta != 1 that has
@@ -17,10 +18,10 @@ scale the argument and the value,
     L_beta(x) = beta L_1(x / beta),    so    dL_beta/d|x| = L_1'(|x| / beta),
 
 which is alpha ln(b |x| / beta + 1) below beta and gamma beyond: for every beta > 0 it is
-continuous, 0 at 0 and never above gamma, and at beta = 1 it is the paper's. With c = min(|x| /
-beta, 1),
+continuous, 0 at 0 and never above gamma, and at beta = 1 it is the paper's. Written out,
 
-    L_beta(x) = beta ((alpha / b) (b c + 1) ln(b c + 1) - alpha c) + gamma max(|x| - beta, 0).
+    L_beta(x) = beta ((alpha / b) (b c + 1) ln(b c + 1) - alpha c)    for c = |x| / beta < 1,
+                gamma |x| + beta (gamma / b - alpha)                  beyond.
 
 GHM-R (arXiv 1811.05181, section on GHM-R loss) harmonizes the authentic smooth L1
 
@@ -105,9 +106,10 @@ def balanced_l1_loss(pred, target, alpha=0.5, gamma=1.5, beta=1.0, reduction="su
     _check_balanced_l1(alpha, gamma, beta)
     b = math.expm1(gamma / alpha)
     error = (pred - target).abs()
-    c = (error / beta).clamp(max=1)
+    scaled = error / beta
+    c = scaled.clamp(max=1)  # keeps the part that is not selected finite
     curve = alpha / b * (b * c + 1) * torch.log1p(b * c) - alpha * c
-    loss = beta * curve + gamma * (error - beta).relu()
+    loss = torch.where(scaled < 1, beta * curve, gamma * error + beta * (gamma / b - alpha))
     if reduction == "none":
         return loss
     if reduction == "sum":

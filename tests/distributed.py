@@ -1,0 +1,29 @@
+"""Runs a function on several gloo processes of this machine."""
+
+import os
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_workers(function, *args, num_workers=2):
+    """Call ``function(rank, *args)`` in ``num_workers`` joined processes; return their results.
+
+    ``function`` is a module's top-level function; it may return tensors and containers of them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_work, (function, args, num_workers, folder), nprocs=num_workers)
+        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(num_workers)]
+
+
+def _work(rank, function, args, num_workers, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), num_workers)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_workers)
+    try:
+        torch.save(function(rank, *args), os.path.join(folder, f"{rank}.pt"))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
