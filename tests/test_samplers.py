@@ -1,0 +1,424 @@
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling.sampling import subsample_labels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from balanced_det.errors import InputError
+from balanced_det.samplers import (
+    SAMPLERS,
+    IoUBalancedSampler,
+    all_sample,
+    hard_example_sample,
+    instance_balanced_positives,
+    iou_balanced_sample,
+    random_sample,
+)
+
+BG = 5  # five classes; the label 5 is background
+fast = settings(deadline=None, max_examples=40)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def seeded(seed, device="cpu"):
+    return torch.Generator(device).manual_seed(seed)
+
+
+@st.composite
+def images(draw):
+    """Labels, IoUs, matched objects and the sampling settings of one image."""
+    size = draw(st.integers(0, 80))
+    labels = draw(
+        st.lists(st.sampled_from([-1, 0, 1, 4, BG, BG, BG]), min_size=size, max_size=size)
+    )
+    # Few distinct values, so that ties and IoUs of exactly 0 occur.
+    ious = draw(st.lists(st.integers(0, 20), min_size=size, max_size=size))
+    matched = draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
+    return {
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "ious": torch.tensor(ious, dtype=torch.float32) / 20,
+        "matched_idxs": torch.tensor(matched, dtype=torch.int64),
+        "num_samples": draw(st.integers(0, 40)),
+        "positive_fraction": draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])),
+    }
+
+
+def call(sampler, image, **more):
+    arguments = {key: image[key] for key in ("labels", "ious", "num_samples", "positive_fraction")}
+    return sampler(
+        **arguments,
+        bg_label=BG,
+        matched_idxs=image["matched_idxs"],
+        losses=image["ious"].flip(0),
+        **more,
+    )
+
+
+def background(counts, num_bins, lower=0.0, upper=0.6):
+    """Background rows, ``counts[b]`` of them in the middle of range b, one of IoU ``upper``."""
+    width = (upper - lower) / num_bins
+    ious = [
+        lower + (index + 0.5) * width for index, count in enumerate(counts) for _ in range(count)
+    ]
+    ious[-1] = upper
+    return torch.full((len(ious),), BG), torch.tensor(ious)
+
+
+def taken_per_bin(counts, negative_idx):
+    bins = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return bins[negative_idx].bincount(minlength=len(counts)).tolist()
+
+
+SETTINGS = {
+    "RandomSampler": [{}],
+    "AllSampler": [{}],
+    "OHEMSampler": [{}],
+    "IoUBalancedSampler": [
+        {},
+        {"num_bins": 1},
+        {"num_bins": 7, "instance_balanced": True},
+        {"floor_threshold": 0.0, "floor_fraction": 0.5},
+        {"floor_threshold": 0.3, "floor_fraction": 0.3},
+        {"floor_threshold": 0.3},
+        {"floor_threshold": 0.9, "floor_fraction": 1.0},
+        {"floor_fraction": 0.4},
+    ],
+}
+CONFIGURED = [
+    pytest.param(name, parameters, id=f"{name}({parameters})")
+    for name in SAMPLERS.names()
+    for parameters in SETTINGS[name]
+]
+COUNTED = [parameters for parameters in CONFIGURED if parameters.values[0] != "AllSampler"]
+
+
+@pytest.mark.parametrize(("name", "parameters"), COUNTED)
+@fast
+@given(image=images())
+def test_counts_are_those_of_random_sampling(name, parameters, image):
+    ours = call(SAMPLERS.get(name)(**parameters), image)
+    theirs = subsample_labels(image["labels"], image["num_samples"], image["positive_fraction"], BG)
+    assert [len(rows) for rows in ours] == [len(rows) for rows in theirs]
+
+
+@pytest.mark.parametrize(("name", "parameters"), CONFIGURED)
+@fast
+@given(image=images())
+def test_rows_are_distinct_and_of_their_kind(name, parameters, image):
+    positive, negative = call(SAMPLERS.get(name)(**parameters), image)
+    for rows in (positive, negative):
+        assert rows.dtype == torch.int64
+        assert rows.ndim == 1
+        assert len(rows.unique()) == len(rows)
+    labels = image["labels"]
+    assert ((labels[positive] >= 0) & (labels[positive] < BG)).all()
+    assert (labels[negative] == BG).all()
+
+
+@pytest.mark.parametrize(("name", "parameters"), CONFIGURED)
+@fast
+@given(image=images())
+def test_the_generator_decides_the_draw_and_nothing_passed_in_changes(name, parameters, image):
+    sampler = SAMPLERS.get(name)(**parameters)
+    before = {key: image[key].clone() for key in ("labels", "ious", "matched_idxs")}
+    first = call(sampler, image, generator=seeded(3))
+    call(sampler, image, generator=seeded(4))
+    again = call(sampler, image, generator=seeded(3))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert all(torch.equal(before[key], image[key]) for key in before)
+    assert vars(sampler) == vars(SAMPLERS.get(name)(**parameters))
+
+
+@pytest.mark.parametrize("name", ["RandomSampler", "IoUBalancedSampler"])
+def test_without_a_generator_the_seed_of_torch_decides(name):
+    labels, ious = background([200, 200, 200], 3)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(SAMPLERS.get(name)()(labels, ious, 20, 0.5, BG)[1])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@fast
+@given(image=images())
+def test_random_sampling_draws_the_rows_that_detectron2_draws(image):
+    settings_ = (image["num_samples"], image["positive_fraction"], BG)
+    torch.manual_seed(7)
+    theirs = subsample_labels(image["labels"], *settings_)
+    torch.manual_seed(7)
+    ours = random_sample(image["labels"], None, *settings_)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@fast
+@given(image=images())
+def test_all_takes_every_row_that_is_not_ignored(image):
+    positive, negative = all_sample(image["labels"], None, 1, 0.5, BG)
+    rows = torch.cat((positive, negative)).sort().values
+    assert torch.equal(rows, (image["labels"] != -1).nonzero().squeeze(1))
+
+
+@fast
+@given(
+    counts=st.lists(st.integers(30, 50), min_size=1, max_size=6),
+    num_samples=st.integers(0, 30),
+    seed=st.integers(0, 2**31),
+)
+def test_shares_are_within_one_of_equal_when_candidates_suffice(counts, num_samples, seed):
+    labels, ious = background(counts, len(counts))
+    _, negative = iou_balanced_sample(
+        labels, ious, num_samples, 0.5, BG, num_bins=len(counts), generator=seeded(seed)
+    )
+    shares = taken_per_bin(counts, negative)
+    assert sum(shares) == num_samples
+    assert max(shares) - min(shares) <= 1
+
+
+@fast
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=2, max_size=5),
+    num_samples=st.integers(0, 60),
+    seed=st.integers(0, 2**31),
+)
+def test_a_bin_gives_its_share_or_all_it_has_and_others_fill_up(counts, num_samples, seed):
+    labels, ious = background(counts, len(counts))
+    _, negative = iou_balanced_sample(
+        labels, ious, num_samples, 0.5, BG, num_bins=len(counts), generator=seeded(seed)
+    )
+    shares = taken_per_bin(counts, negative)
+    wanted = min(num_samples, sum(counts))
+    assert sum(shares) == wanted
+    for share, count in zip(shares, counts):
+        assert share >= min(count, wanted // len(counts))
+
+
+def test_what_a_bin_is_short_of_is_filled_at_random_from_all_the_rest():
+    counts = [900, 90, 1]
+    labels, ious = background(counts, 3)
+    shares = np.zeros(3)
+    repeats = 300
+    for seed in range(repeats):
+        _, negative = iou_balanced_sample(labels, ious, 90, 0.5, BG, generator=seeded(seed))
+        shares += taken_per_bin(counts, negative)
+    # 30 from each of two bins, 1 from the third; 29 missing, drawn from 870 and 60 rows left.
+    expected = np.array([30 + 29 * 870 / 930, 30 + 29 * 60 / 930, 1])
+    # Hypergeometric: a draw's variance is 29 (870/930) (60/930) (901/929) = 1.7; five standard
+    # errors of the mean of 300 draws are 5 sqrt(1.7 / 300) = 0.38.
+    assert shares / repeats == pytest.approx(expected, abs=0.38)
+
+
+def test_a_uniform_draw_reaches_every_row_of_a_bin_alike():
+    counts = [10, 40]
+    labels, ious = background(counts, 2)
+    hits = torch.zeros(50)
+    repeats = 2000
+    for seed in range(repeats):
+        _, negative = iou_balanced_sample(labels, ious, 10, 0.5, BG, 2, generator=seeded(seed))
+        hits[negative] += 1
+    expected = torch.tensor([5 / 10] * 10 + [5 / 40] * 40)
+    # Binomial, at most sqrt(0.25 / 2000) = 0.011; five of them for 50 rows.
+    assert torch.allclose(hits / repeats, expected, atol=0.056, rtol=0)
+
+
+@pytest.mark.parametrize("iou", [0.0, 0.3])
+@pytest.mark.parametrize("floor_threshold", [-1.0, 0.0, 0.3, 0.5])
+def test_equal_ious_give_full_counts(iou, floor_threshold):
+    labels = torch.full((100,), BG)
+    positive, negative = iou_balanced_sample(
+        labels, torch.full((100,), iou), 64, 0.25, BG, 3, floor_threshold, 0.5
+    )
+    assert (len(positive), len(negative)) == (0, 64)
+    assert len(negative.unique()) == 64
+
+
+def test_the_ranges_end_at_the_largest_background_iou():
+    """A foreground row of IoU 1 would leave the upper ranges empty, were it counted."""
+    labels, ious = background([40, 40, 40], 3, upper=0.3)
+    labels = torch.cat((labels, torch.tensor([0])))
+    ious = torch.cat((ious, torch.tensor([1.0])))
+    _, negative = iou_balanced_sample(labels, ious, 31, 0.25, BG)
+    assert taken_per_bin([40, 40, 40], negative) == [10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "expected_below"),
+    [
+        (200, [100, 100, 100], 30),  # int(100 * (1 - 0.3)) = 70 from the ranges
+        (20, [100, 100, 100], 20),  # too few below: the ranges fill up
+        (200, [20, 20, 20], 40),  # too few in the ranges: below fills up
+        (10, [20, 20, 20], 10),  # too few in all
+    ],
+)
+@pytest.mark.parametrize("floor_threshold", [0.0, 0.1])
+def test_the_floor_fraction_comes_from_below_the_floor(
+    below, above, expected_below, floor_threshold
+):
+    labels, ious = background(above, 3, lower=floor_threshold)
+    labels = torch.cat((torch.full((below,), BG), labels))
+    ious = torch.cat((torch.full((below,), floor_threshold / 2), ious))
+    for seed in range(5):
+        _, negative = iou_balanced_sample(
+            labels, ious, 100, 0.25, BG, 3, floor_threshold, 0.3, generator=seeded(seed)
+        )
+        assert (negative < below).sum() == expected_below
+        assert len(negative) == min(100, len(labels))
+        if min(above) >= 100:
+            shares = taken_per_bin(above, negative[negative >= below] - below)
+            assert max(shares) - min(shares) <= 1 or expected_below == 20
+
+
+def test_a_short_range_is_filled_from_the_ranges_before_the_floor():
+    labels, ious = background([100, 100, 2], 3, lower=0.1)
+    labels = torch.cat((torch.full((50,), BG), labels))
+    ious = torch.cat((torch.zeros(50), ious))
+    _, negative = iou_balanced_sample(labels, ious, 60, 0.25, BG, 3, 0.1, 0.5)
+    assert (negative < 50).sum() == 30
+    assert taken_per_bin([100, 100, 2], negative[negative >= 50] - 50)[2] == 2
+
+
+def test_no_bins_of_a_floor_but_no_fraction_leaves_the_floor_for_last():
+    labels, ious = background([5, 5, 5], 3, lower=0.2)
+    labels = torch.cat((torch.full((50,), BG), labels))
+    ious = torch.cat((torch.zeros(50), ious))
+    _, negative = iou_balanced_sample(labels, ious, 20, 0.25, BG, 3, 0.2)
+    assert (negative >= 50).sum() == 15
+
+
+@fast
+@given(
+    counts=st.lists(st.integers(0, 15), min_size=1, max_size=6),
+    num=st.integers(0, 60),
+    seed=st.integers(0, 2**31),
+)
+def test_objects_give_equal_shares_as_far_as_they_have_rows(counts, num, seed):
+    matched = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    labels = torch.randint(0, BG, matched.shape, generator=seeded(seed))
+    # Background and ignored rows are matched to objects too and must not count for them.
+    labels = torch.cat((labels, torch.tensor([BG, -1]).repeat(10)))
+    matched = torch.cat((matched, torch.zeros(20, dtype=torch.int64)))
+    rows = instance_balanced_positives(labels, matched, num, BG, generator=seeded(seed))
+    assert len(rows) == min(num, sum(counts))
+    assert len(rows.unique()) == len(rows)
+    shares = matched[rows].bincount(minlength=len(counts)).tolist()
+    largest = max(shares)
+    for share, count in zip(shares, counts):
+        assert share == count or share >= largest - 1
+
+
+def test_the_object_that_gives_one_more_is_drawn_at_random():
+    matched = torch.tensor([0] * 900 + [1] * 3)
+    labels = torch.zeros_like(matched)
+    more = 0
+    repeats = 400
+    for seed in range(repeats):
+        rows = instance_balanced_positives(labels, matched, 3, BG, generator=seeded(seed))
+        more += int((matched[rows] == 0).sum() == 2)
+    # Binomial with 1/2: five standard deviations of the mean are 5 * 0.5 / sqrt(400) = 0.125.
+    assert more / repeats == pytest.approx(0.5, abs=0.125)
+
+
+def test_the_sampler_balances_objects_where_it_is_told_to():
+    labels = torch.tensor([0] * 90 + [1] * 10 + [BG] * 50)
+    matched = torch.tensor([0] * 90 + [1] * 10 + [0] * 50)
+    ious = torch.linspace(0, 0.4, 150)
+    for balanced, low, high in ((True, 8, 8), (False, 0, 6)):
+        sampler = IoUBalancedSampler(instance_balanced=balanced)
+        positive, _ = sampler(labels, ious, 64, 0.25, BG, matched_idxs=matched, generator=seeded(0))
+        assert len(positive) == 16
+        assert low <= matched[positive].sum() <= high
+
+
+@fast
+@given(image=images())
+def test_hard_examples_lose_the_most(image):
+    losses = image["ious"]
+    positive, negative = call(SAMPLERS.get("OHEMSampler")(), image | {"ious": losses.flip(0)})
+    for rows, of_kind in (
+        (positive, (image["labels"] >= 0) & (image["labels"] < BG)),
+        (negative, image["labels"] == BG),
+    ):
+        hardest = losses[of_kind].sort(descending=True).values[: len(rows)]
+        assert torch.equal(losses[rows], hardest)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_losses_that_are_not_finite_do_not_mix_rows_of_different_kinds(value):
+    labels = torch.tensor([0, BG, BG, -1, BG, 1])
+    losses = torch.full((6,), value)
+    positive, negative = hard_example_sample(labels, losses, 5, 0.4, BG)
+    assert sorted(positive.tolist()) == [0, 5]
+    assert sorted(negative.tolist()) == [1, 2, 4]
+
+
+def test_the_largest_loss_is_the_one_that_is_not_a_number():
+    labels = torch.full((4,), BG)
+    losses = torch.tensor([1.0, float("nan"), 3.0, 2.0])
+    assert hard_example_sample(labels, losses, 2, 0.5, BG)[1].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
+def test_labels_of_any_integer_type_will_do(dtype):
+    labels, ious = background([40, 40, 40], 3)
+    labels[:5] = 1
+    positive, negative = iou_balanced_sample(labels.to(dtype), ious, 20, 0.5, BG)
+    assert (len(positive), len(negative)) == (5, 15)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"num_bins": 0}, "num_bins is 0"),
+        ({"floor_threshold": -0.5}, "floor_threshold is -0.5"),
+        ({"floor_threshold": 1.0}, "floor_threshold is 1.0"),
+        ({"floor_fraction": 1.5}, "floor_fraction is 1.5"),
+    ],
+)
+def test_parameters_that_cannot_work_are_refused(parameters, message):
+    with pytest.raises(InputError, match=message):
+        IoUBalancedSampler(**parameters)
+
+
+@needs_cuda
+@pytest.mark.parametrize(("name", "parameters"), COUNTED)
+def test_cuda_and_cpu_agree_in_counts_and_in_distribution(name, parameters):
+    generator = seeded(0)
+    ious = torch.rand(4000, generator=generator) ** 3
+    labels = torch.where(ious > 0.5, torch.randint(0, BG, (4000,), generator=generator), BG)
+    matched = torch.randint(0, 6, (4000,), generator=generator)
+    sampler = SAMPLERS.get(name)(**parameters)
+    means = {}
+    for device in ("cpu", "cuda"):
+        image = [labels.to(device), ious.to(device), 256, 0.25, BG]
+        sums = []
+        for seed in range(40):
+            positive, negative = sampler(
+                *image,
+                matched_idxs=matched.to(device),
+                losses=ious.to(device),
+                generator=seeded(seed, device),
+            )
+            assert (len(positive), len(negative)) == (64, 192)
+            assert positive.device.type == negative.device.type == device
+            sums.append(ious[negative.cpu()].mean())
+        means[device] = torch.stack(sums)
+    # IoUs of background rows are below 0.5, so a mean of 192 varies by at most 0.5 / sqrt(4 * 192),
+    # and one of 40 such means by 0.0029; five standard errors of a difference of two are 0.02.
+    assert means["cpu"].mean() == pytest.approx(means["cuda"].mean(), abs=0.02)
+
+
+@needs_cuda
+@pytest.mark.parametrize("instance_balanced", [False, True])
+def test_the_host_waits_for_the_device_once(instance_balanced, recwarn):
+    labels, ious = (x.cuda() for x in background([400, 400, 400], 3))
+    sampler = IoUBalancedSampler(instance_balanced=instance_balanced)
+    matched = torch.zeros_like(labels)
+    sampler(labels, ious, 64, 0.25, BG, matched_idxs=matched)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        recwarn.clear()
+        sampler(labels, ious, 64, 0.25, BG, matched_idxs=matched)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in recwarn if "synchronizing" in str(w.message)]) == 1
