@@ -1,6 +1,7 @@
 """How often each class occurs in a data set: the numbers every remedy for class imbalance needs."""
 
 import dataclasses
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -43,12 +44,12 @@ class DatasetStatistics:
         """K."""
         return len(self.image_count)
 
-    @property
+    @cached_property
     def frequency(self):
         """(K,) float in [0, 1]: the fraction of images that hold the class; 0 without images."""
         return self.image_count / max(self.num_images, 1)
 
-    @property
+    @cached_property
     def group(self):
         """The K groups 'r', 'c' or 'f' (:func:`frequency_group`), a list."""
         return [frequency_group(count) for count in self.image_count.tolist()]
