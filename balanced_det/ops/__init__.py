@@ -124,10 +124,8 @@ def sigmoid_loss(
     backend = _backend(logits)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return backend.loss_and_gradient(logits, labels, None, **options)
-    if overwrite_logits and (logits.is_leaf or (logits._is_view() and logits._base.is_leaf)):
-        raise InputError(
-            "overwrite_logits needs logits that an operation made, not a leaf or a view of one."
-        )
+    if overwrite_logits:
+        _check_overwritable(logits)
     return _SigmoidLoss.apply(logits, labels, backend, overwrite_logits, options)
 
 
@@ -206,6 +204,15 @@ def _check_rows(logits, labels):
         raise InputError(f"labels must be integers, not {labels.dtype}.")
     if labels.device != logits.device:
         raise InputError(f"labels are on {labels.device}, the logits on {logits.device}.")
+
+
+def _check_overwritable(logits):
+    if logits.is_leaf or (logits._is_view() and logits._base.is_leaf):
+        raise InputError(
+            "overwrite_logits needs logits that an operation made, not a leaf or a view of one."
+        )
+    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride())):
+        raise InputError("overwrite_logits needs logits of which no two share memory.")
 
 
 def _table(name, table, length, logits, dtype):

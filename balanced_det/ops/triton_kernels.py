@@ -87,33 +87,29 @@ def _load(start, offset, numel, logits_ptr, labels_ptr,
 
 
 @triton.jit
-def _sigmoid(x, positive):
-    """exp(-|x|), whether the sign of x speaks against y, g = |sigmoid(x) - y| and 1 - g.
-
-    g and 1 - g are both good to float32 rounding, however small.
-    """
-    e = tl.exp(-tl.abs(x))
-    near = 1.0 / (1.0 + e)
-    far = e * near
-    wrong = (x >= 0) != positive
-    return e, wrong, tl.where(wrong, near, far), tl.where(wrong, far, near)
+def _margin(x, label, k):
+    """z: x where y = 1, -x where y = 0, and +inf in ignored rows, whose every term is then 0."""
+    return tl.where(label >= 0, tl.where(label == k, x, -x), float("inf"))
 
 
 @triton.jit
-def _log1p(e):
-    """log(1 + e) for 0 <= e <= 1, good to float32 rounding for small e too.
+def _logistic(z):
+    """g = sigmoid(-z) and log(1 + exp(-|z|)), both good to float32 rounding however small.
 
-    The series 2 atanh(s) = 2 (s + s^3 / 3 + s^5 / 5 + ...) at s = e / (2 + e) <= 1/3; the first
-    term left out is below 2e-8 of the sum.
+    With e = exp(-|z|), the logarithm is 2 atanh(s) = 2 (s + s^3 / 3 + s^5 / 5 + ...) at
+    s = e / (2 + e) <= 1/3; the first term left out is below 2e-8 of the sum. Computed from 1 + e
+    it would lose what that rounds away, which is all of the loss of easy examples.
     """
+    e = tl.exp(-tl.abs(z))
+    near = 1.0 / (1.0 + e)
     s = e / (2.0 + e)
     t = s * s
-    series = t * (1.0 / 13) + 1.0 / 11
-    series = series * t + 1.0 / 9
-    series = series * t + 1.0 / 7
-    series = series * t + 1.0 / 5
-    series = series * t + 1.0 / 3
-    return 2.0 * s * (series * t + 1.0)
+    series = t * (2.0 / 13) + 2.0 / 11
+    series = series * t + 2.0 / 9
+    series = series * t + 2.0 / 7
+    series = series * t + 2.0 / 5
+    series = series * t + 2.0 / 3
+    return tl.where(z < 0, near, e * near), s * (series * t + 2.0)
 
 
 @triton.jit
@@ -142,40 +138,37 @@ def _loss_kernel(
         K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
         LEAD, ROW_MAJOR,
     )  # fmt: skip
-    valid = label >= 0  # Elements past the end carry label -1.
-    positive = label == k
-    e, wrong, length, complement = _sigmoid(x, positive)
-    log1p = _log1p(e)
-    bce = log1p + tl.where(wrong, tl.abs(x), 0.0)
+    z = _margin(x, label, k)
+    length, log1p = _logistic(z)
+    bce = log1p + tl.maximum(-z, 0.0)
 
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr).to(tl.float32)
-    weight = tl.where(valid, scale, 0.0)
+    positive = label == k
+    weight = 1.0
+    if ALPHA is not None:
+        weight = tl.where(positive, ALPHA, 1.0 - ALPHA)
     if GAMMA == 1.0:
         weight *= length
     elif GAMMA == 2.0:
         weight *= length * length
-    elif GAMMA != 0.0:  # log g is to g as -bce to 1 - g.
-        weight *= tl.exp(-GAMMA * (log1p + tl.where(wrong, 0.0, tl.abs(x))))
-    if ALPHA is not None:
-        weight *= tl.where(positive, ALPHA, 1.0 - ALPHA)
+    elif GAMMA != 0.0:  # log g is at z what -bce is at -z.
+        weight *= tl.exp(-GAMMA * (log1p + tl.maximum(z, 0.0)))
     if positive_ptr is not None:
         weight *= tl.load(positive_ptr + k, mask=positive, other=1.0)
     if negative_ptr is not None:
-        weight *= tl.load(negative_ptr + k, mask=valid & (label < K) & (label != k), other=1.0)
+        weight *= tl.load(negative_ptr + k, mask=(label < K) & (label != k), other=1.0)
     if background_ptr is not None:
         weight *= tl.load(background_ptr + k, mask=label >= K, other=1.0)
     if bin_ptr is not None:
-        weight *= tl.load(bin_ptr + _bin(length, bins), mask=valid, other=1.0)
+        weight *= tl.load(bin_ptr + _bin(length, bins))
 
-    # Chosen, not multiplied by 0: an ignored row's logits may be infinite.
-    loss = tl.where(valid, weight * bce, 0.0)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(loss, axis=0))
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(weight * bce, axis=0) * scale)
     if gradient_ptr is not None:
         slope = length
         if GAMMA != 0.0:
-            slope += GAMMA * complement * bce
-        slope = tl.where(valid, tl.where(positive, -weight, weight) * slope, 0.0)
+            slope += GAMMA * (1.0 - length) * bce
+        slope *= weight * tl.where(positive, -scale, scale)
         if not OVERWRITE:
             at = start + offset
         tl.store(gradient_ptr + at, slope, mask=start + offset < numel)
@@ -200,7 +193,7 @@ def _histogram_kernel(
             K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
             LEAD, ROW_MAJOR,
         )  # fmt: skip
-        _, _, length, _ = _sigmoid(x, label == k)
+        length, _ = _logistic(_margin(x, label, k))
         # Ignored elements count in a slot past the last bin.
         counts += tl.histogram(tl.where(label >= 0, _bin(length, bins), bins), SLOTS)
     tl.atomic_add(counts_ptr + slots, counts.to(tl.int64), mask=slots < bins)
