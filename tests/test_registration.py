@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets.lvis import load_lvis_json
 from detectron2.structures import BoxMode
 
@@ -426,3 +426,19 @@ def test_changed_classes_of_a_known_data_set_are_refused(tmp_path):
     write(tmp_path, changed(lambda c: c["categories"].append({"id": 91, "name": "ant"})))
     with pytest.raises(InputError, match="4 categories other than the 3"):
         load_detections(path, None, dataset)
+
+
+def test_detectron2_maps_what_is_read_to_training_examples(tmp_path):
+    paths = shapes.generate(tmp_path / "shapes", classes=3, train=4, val=2, size=64)
+    cfg = get_cfg()
+    cfg.MODEL.MASK_ON = True
+    cfg.INPUT.MIN_SIZE_TRAIN = (64,)
+    mapper = DatasetMapper(cfg, is_train=True)
+    for record in load_detections(paths.train_json, paths.image_root):
+        example = mapper(copy.deepcopy(record))
+        assert example["image"].shape == (3, 64, 64)
+        instances = example["instances"]
+        assert instances.gt_classes.tolist() == [a["category_id"] for a in record["annotations"]]
+        # A polygon's own box is the annotated one, both written in hundredths of a pixel.
+        boxes, masks = instances.gt_boxes.tensor, instances.gt_masks.get_bounding_boxes().tensor
+        assert (boxes - masks).abs().max() <= 0.02

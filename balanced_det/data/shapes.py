@@ -482,16 +482,20 @@ def _image_entry(image_id, name, classes, parameters, rng):
     }
 
 
+def polygon_area(polygon):
+    """Area of an (n, 2) polygon that does not cross itself, by the shoelace formula."""
+    x, y = polygon.T
+    return 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
+
+
 def _annotation_entry(annotation_id, image_id, c, polygon):
     x1, y1, x2, y2 = _box(polygon)
-    x, y = polygon.T
-    area = 0.5 * abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))  # shoelace formula
     return {
         "id": annotation_id,
         "image_id": image_id,
         "category_id": c + 1,
         "bbox": [round(float(length), 2) for length in (x1, y1, x2 - x1, y2 - y1)],
-        "area": round(float(area), 2),
+        "area": round(polygon_area(polygon), 2),
         "segmentation": [polygon.ravel().tolist()],
         "iscrowd": 0,
     }

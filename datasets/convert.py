@@ -1,0 +1,345 @@
+"""Convert Pascal VOC or YOLO annotations to LVIS-format json files.
+
+::
+
+    python datasets/convert.py voc --root VOCdevkit/VOC2007 --out datasets/voc
+    python datasets/convert.py yolo --root my_data/data.yaml --out datasets/mine
+
+Images stay where they are. Each split becomes ``OUT/SPLIT.json``, and the lines for a config file
+are printed. Both formats are few and simple enough for the standard library, which spares a person
+the video and science libraries that converters of many formats bring.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import yaml
+from PIL import Image
+
+# The script runs in a bare clone, too, where the package is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from balanced_det.data.shapes import polygon_area
+from balanced_det.data.statistics import add_counts
+from balanced_det.errors import InputError
+
+VOC_SPLITS = ("train", "val", "trainval", "test")  # other files there list images of one class
+YOLO_SPLITS = ("train", "val", "test")
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def read_voc(root, splits=None):
+    """Read a Pascal VOC folder: ``Annotations``, ``JPEGImages`` and ``ImageSets/Main``.
+
+    Boxes are 1-based, their last pixel included: xmin = 1 and xmax = W span the image, so the
+    corners in coordinates are (xmin - 1, ymin - 1) and (xmax, ymax), as in Detectron2. Objects
+    marked ``difficult`` are kept, as there.
+
+    Args:
+        root: the folder.
+        splits: names of files in ``ImageSets/Main``; by default the usual ones that exist. A folder
+            without ``ImageSets`` has one split, ``all``.
+
+    Returns:
+        ``(classes, images, image_root)``: the sorted names of all classes in ``Annotations``, for
+        each split a list of images, and the folder of the images. An image is a dict of
+        ``file_name``, ``width``, ``height`` and ``objects``, a list of
+        ``(class name, XYXY box in pixels, (n, 2) polygon in pixels or None)``.
+    """
+    root = Path(root)
+    annotation_files = sorted((root / "Annotations").glob("*.xml"))
+    if not annotation_files:
+        raise InputError(f"'{root / 'Annotations'}' holds no Pascal VOC annotation (*.xml).")
+    image_root = root / "JPEGImages"
+    if not image_root.is_dir():
+        raise InputError(f"The image folder '{image_root}' does not exist.")
+    file_names = {
+        p.stem: p.name for p in image_root.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES
+    }
+    by_stem = {p.stem: _read_voc_file(p, image_root, file_names) for p in annotation_files}
+
+    lists = root / "ImageSets" / "Main"
+    if not lists.is_dir() and not splits:
+        stems_of = {"all": list(by_stem)}
+    else:
+        wanted = splits or [s for s in VOC_SPLITS if (lists / f"{s}.txt").exists()]
+        if not wanted:
+            raise InputError(f"'{lists}' has none of {', '.join(VOC_SPLITS)} as a .txt file.")
+        # Lines may go on with a flag, of which only the name counts here.
+        stems_of = {s: [line.split()[0] for line in _lines(lists / f"{s}.txt")] for s in wanted}
+    for split, stems in stems_of.items():
+        for stem in stems:
+            if stem not in by_stem:
+                raise InputError(f"Split '{split}' lists '{stem}', which has no annotation file.")
+    classes = sorted({o[0] for image in by_stem.values() for o in image["objects"]})
+    images = {split: [by_stem[stem] for stem in stems] for split, stems in stems_of.items()}
+    return classes, images, image_root
+
+
+def _read_voc_file(path, image_root, file_names):
+    if path.stem not in file_names:
+        raise InputError(f"The image of '{path}' is missing in '{image_root}'.")
+    try:
+        root = ElementTree.parse(path).getroot()
+        width = int(float(root.findtext("size/width") or 0))
+        height = int(float(root.findtext("size/height") or 0))
+        objects = []
+        for element in root.iter("object"):
+            x1, y1, x2, y2 = (
+                float(element.find(f"bndbox/{key}").text)
+                for key in ("xmin", "ymin", "xmax", "ymax")
+            )
+            objects.append((element.find("name").text.strip(), (x1 - 1, y1 - 1, x2, y2), None))
+    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"'{path}' is no sound Pascal VOC annotation: {error}.") from None
+    file_name = file_names[path.stem]
+    if not (width and height):
+        width, height = _image_size(image_root / file_name)
+    return {"file_name": file_name, "width": width, "height": height, "objects": objects}
+
+
+def read_yolo(root, splits=None):
+    """Read a YOLO data set: a ``data.yaml`` and a label file for every image that has objects.
+
+    Rows are ``class cx cy w h``, or ``class x1 y1 x2 y2 x3 y3 ...`` for a polygon, as shares of the
+    image size. ``.../images/.../a.jpg`` has its rows in ``.../labels/.../a.txt``.
+
+    Args:
+        root: the yaml file, or the folder of ``data.yaml``.
+        splits: keys of the yaml file; by default the usual ones that exist.
+
+    Returns:
+        As :func:`read_voc`; the classes in the order of the yaml file.
+    """
+    path = Path(root)
+    path = path / "data.yaml" if path.is_dir() else path
+    try:
+        settings = yaml.safe_load(path.read_text())
+        names = settings["names"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        raise InputError(f"'{path}' is no readable YOLO data file with 'names'.") from None
+    if isinstance(names, dict):
+        names = [names[index] for index in sorted(names)]
+    folder = path.parent / (settings.get("path") or "")
+    if not folder.is_dir():
+        folder = path.parent
+
+    images = {}
+    for split in splits or [s for s in YOLO_SPLITS if settings.get(s)]:
+        if not settings.get(split):
+            raise InputError(f"'{path}' has no split '{split}'.")
+        sources = settings[split] if isinstance(settings[split], list) else [settings[split]]
+        files = [image for source in sources for image in _yolo_images(folder, source, path)]
+        images[split] = [_read_yolo_image(image, folder, names) for image in files]
+    if not images:
+        raise InputError(f"'{path}' has none of {', '.join(YOLO_SPLITS)}.")
+    return list(map(str, names)), images, folder
+
+
+def _yolo_images(folder, source, yaml_file):
+    place = folder / source
+    if not place.exists():
+        # Some exports write '../train/images' for a folder beside the yaml file.
+        place = folder / source.removeprefix("../")
+    if place.is_dir():
+        return sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if place.suffix == ".txt" and place.exists():
+        return [folder / line for line in _lines(place)]
+    raise InputError(f"'{yaml_file}' names '{source}', which does not exist.")
+
+
+def _read_yolo_image(image_file, folder, names):
+    size = width, height = _image_size(image_file)
+    parts = list(image_file.parts)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    label_file = Path(*parts).with_suffix(".txt")
+    objects = []
+    for number, line in enumerate(_lines(label_file) if label_file.exists() else (), 1):
+        where = f"'{label_file}', line {number}"
+        try:
+            index, *numbers = map(float, line.split())
+        except ValueError:
+            raise InputError(f"{where}: '{line}' is not a row of numbers.") from None
+        if not (index.is_integer() and 0 <= index < len(names)):
+            raise InputError(f"{where}: class {index:g} is not one of the {len(names)} names.")
+        if len(numbers) == 4:
+            cx, cy, w, h = numbers
+            polygon = None
+            corners = np.array([[cx - w / 2, cy - h / 2], [cx + w / 2, cy + h / 2]]) * size
+        elif len(numbers) >= 6 and len(numbers) % 2 == 0:
+            corners = polygon = np.clip(np.reshape(numbers, (-1, 2)), 0, 1) * size
+        else:
+            raise InputError(f"{where}: {len(numbers) + 1} numbers are neither box nor polygon.")
+        box = (*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist())
+        objects.append((str(names[int(index)]), box, polygon))
+    return {
+        "file_name": Path(os.path.relpath(image_file, folder)).as_posix(),
+        "width": width,
+        "height": height,
+        "objects": objects,
+    }
+
+
+def to_lvis(classes, images):
+    """Turn what a reader returned into the content of LVIS-format files.
+
+    Every object of every class is taken to be annotated: each image lists all its absent classes as
+    negative. The class counts, in every file, are those of the split ``train``, or else of
+    ``trainval``, or else of all splits.
+
+    Args:
+        classes: K class names; category ids are 1 ... K in their order.
+        images: for each split a list of images, see :func:`read_voc`.
+
+    Returns:
+        ``(content, skipped)``: for each split the json object, and how many boxes without area or
+        outside their image were left out.
+    """
+    categories = [
+        {"id": i, "name": name, "synset": name, "synonyms": [name], "def": name}
+        for i, name in enumerate(classes, 1)
+    ]
+    id_of = {category["name"]: category["id"] for category in categories}
+    content, skipped = {}, {}
+    for split, images_of_split in images.items():
+        entries, annotations = [], []
+        skipped[split] = 0
+        for image_id, image in enumerate(images_of_split, 1):
+            size = np.array([image["width"], image["height"]])
+            present = set()
+            for name, box, polygon in image["objects"]:
+                low, high = np.clip(np.reshape(box, (2, 2)), 0, size)
+                if not (high > low).all():
+                    skipped[split] += 1
+                    continue
+                present.add(id_of[name])
+                annotation = {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": id_of[name],
+                    "bbox": [*low.tolist(), *(high - low).tolist()],
+                    "area": float(np.prod(high - low)),
+                    "iscrowd": 0,
+                }
+                if polygon is not None:
+                    annotation["area"] = polygon_area(polygon)
+                    annotation["segmentation"] = [polygon.ravel().tolist()]
+                annotations.append(annotation)
+            entries.append(
+                {
+                    "id": image_id,
+                    "file_name": image["file_name"],
+                    "width": image["width"],
+                    "height": image["height"],
+                    "neg_category_ids": sorted(set(id_of.values()) - present),
+                    "not_exhaustive_category_ids": [],
+                }
+            )
+        content[split] = {"images": entries, "annotations": annotations}
+
+    training = [s for s in ("train", "trainval") if s in content][:1] or list(content)
+    # Image ids start anew in every split, so the split is part of what tells images apart.
+    counted = add_counts(
+        categories,
+        [
+            {**a, "image_id": (split, a["image_id"])}
+            for split in training
+            for a in content[split]["annotations"]
+        ],
+    )
+    for part in content.values():
+        part["categories"] = counted
+    return content, skipped
+
+
+def convert(reader, root, out, splits=None, overwrite=False):
+    """Convert a data set and write ``out/<split>.json``, all or none of them.
+
+    Args:
+        reader: :func:`read_voc` or :func:`read_yolo`.
+        root, splits: its arguments.
+        out: folder of the json files; created.
+        overwrite: replace files that exist.
+
+    Returns:
+        ``(files, content, skipped, image_root)``: paths by split, and the rest as
+        :func:`to_lvis` and the reader return it.
+
+    Raises:
+        InputError: something of the data set is missing or unreadable, or a file exists.
+    """
+    classes, images, image_root = reader(root, splits)
+    content, skipped = to_lvis(classes, images)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    files = {split: out / f"{split}.json" for split in content}
+    for path in files.values():
+        if path.exists() and not overwrite:
+            raise InputError(f"'{path}' exists: choose another --out, or add --overwrite.")
+    for split, path in files.items():
+        path.with_suffix(".json.partial").write_text(json.dumps(content[split]))
+    for path in files.values():
+        os.replace(path.with_suffix(".json.partial"), path)
+    return files, content, skipped, image_root
+
+
+def _image_size(path):
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError:
+        raise InputError(f"The image '{path}' is missing or unreadable.") from None
+
+
+def _lines(path):
+    try:
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except OSError:
+        raise InputError(f"'{path}' does not exist or cannot be read.") from None
+
+
+def main(arguments=None):
+    """Run the command line; see ``--help``."""
+    parser = argparse.ArgumentParser(description="Convert annotations to LVIS-format json.")
+    parser.add_argument("format", choices=["voc", "yolo"], help="format of the data set")
+    parser.add_argument("--root", required=True, type=Path, help="its folder, or YOLO's yaml file")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the json files")
+    parser.add_argument("--split", nargs="+", help="splits to convert; all usual ones by default")
+    parser.add_argument("--name", help="what the data set is to be called; by default as --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace json files in --out")
+    options = parser.parse_args(arguments)
+    reader = {"voc": read_voc, "yolo": read_yolo}[options.format]
+    try:
+        files, content, skipped, image_root = convert(
+            reader, options.root, options.out, options.split, options.overwrite
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    for split, path in files.items():
+        names = {c["id"]: c["name"] for c in content[split]["categories"]}
+        objects = np.bincount(
+            [a["category_id"] for a in content[split]["annotations"]], minlength=len(names) + 1
+        )
+        counts = ", ".join(f"{name} {objects[i]}" for i, name in names.items())
+        print(
+            f"{path}: {len(content[split]['images'])} images, {objects.sum()} objects ({counts}); "
+            f"{skipped[split]} boxes without area or outside their image left out"
+        )
+    print("\nFor a config file:\n\nBALANCE:\n  DATASETS:")
+    name = options.name or options.out.resolve().name
+    for split, path in files.items():
+        entry = [f"{name}_{split}", str(path.resolve()), str(image_root.resolve())]
+        print(f"    - {json.dumps(entry)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
