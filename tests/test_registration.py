@@ -101,7 +101,7 @@ def test_metadata_is_set(tmp_path):
     metadata = MetadataCatalog.get(dataset)
     assert metadata.thing_classes == ["cat", "dog", "owl"]
     assert metadata.thing_dataset_id_to_contiguous_id == {2: 0, 7: 1, 90: 2}
-    assert (metadata.json_file, metadata.image_root) == (path, tmp_path)
+    assert (metadata.json_file, metadata.image_root) == (str(path), str(tmp_path))
     assert metadata.evaluator_type == "lvis"
     assert not hasattr(metadata, "class_image_count")
 
@@ -283,6 +283,14 @@ BAD_FILES = {
     "no file name": (
         without("images", (0, "file_name")),
         "image 20 has neither 'file_name' nor 'coco_url'",
+    ),
+    "size of zero": (
+        changed(lambda c: c["images"][0].update(width=0)),
+        "the 'width' of image 20 is 0, not a number above 0",
+    ),
+    "broken mask": (
+        changed(lambda c: c["annotations"][0].update(segmentation={"points": 3})),
+        "the 'segmentation' of annotation 1 is neither polygons nor RLE",
     ),
     "broken box": (
         changed(lambda c: c["annotations"][0].update(bbox=[1, 2, 3])),

@@ -111,8 +111,8 @@ def load_detections(json_file, image_root, dataset_name=None):
         image = images[image_id]
         record = {
             "file_name": file_names[image_id],
-            "height": _field(image, "height", "image", json_file),
-            "width": _field(image, "width", "image", json_file),
+            "height": _length(image, "height", json_file),
+            "width": _length(image, "width", json_file),
             "image_id": image_id,
         }
         for key in ("neg_category_ids", "not_exhaustive_category_ids"):
@@ -135,7 +135,7 @@ def load_detections(json_file, image_root, dataset_name=None):
             "iscrowd": annotation.get("iscrowd", 0),
         }
         if annotation.get("segmentation"):
-            mask = _mask(annotation["segmentation"])
+            mask = _mask(annotation, json_file)
             if not mask:
                 without_mask += 1
                 continue
@@ -233,7 +233,10 @@ def _register(name, json_file, image_root):
 
 def _set_paths(name, json_file, image_root):
     metadata = MetadataCatalog.get(name)
-    paths = {"json_file": json_file, "image_root": image_root}
+    paths = {
+        "json_file": os.fspath(json_file),
+        "image_root": None if image_root is None else os.fspath(image_root),
+    }
     for key, path in paths.items():
         if metadata.get(key, path) != path:
             raise InputError(
@@ -341,6 +344,16 @@ def _field(entry, key, kind, json_file):
         raise InputError(f"'{json_file}': the {kind} {_shortened(entry)} has no '{key}'.") from None
 
 
+def _length(image, key, json_file):
+    length = _field(image, key, "image", json_file)
+    if not (isinstance(length, int | float) and length > 0):
+        raise InputError(
+            f"'{json_file}': the '{key}' of image {image['id']} is {length!r}, not a number above "
+            "0."
+        )
+    return length
+
+
 def _shortened(entry, length=80):
     text = repr(entry)
     return text if len(text) <= length else text[:length] + " ..."
@@ -394,15 +407,22 @@ def _clip_box(annotation, record, json_file):
     return [x1, y1, x2 - x1, y2 - y1], True
 
 
-def _mask(segmentation):
+def _mask(annotation, json_file):
     """Polygons or a compressed RLE, as Detectron2 takes them; empty when no polygon is valid."""
-    if isinstance(segmentation, dict):
-        if isinstance(segmentation["counts"], list):  # uncompressed
-            return mask_util.frPyObjects(segmentation, *segmentation["size"])
-        return segmentation
-    if not isinstance(segmentation[0], list):  # one polygon, not a list of them
-        segmentation = [segmentation]
-    return [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
+    segmentation = annotation["segmentation"]
+    try:
+        if isinstance(segmentation, dict):
+            if isinstance(segmentation["counts"], list):  # uncompressed
+                return mask_util.frPyObjects(segmentation, *segmentation["size"])
+            return segmentation
+        if not isinstance(segmentation[0], list):  # one polygon, not a list of them
+            segmentation = [segmentation]
+        return [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"'{json_file}': the 'segmentation' of annotation {annotation.get('id')} is neither "
+            f"polygons nor RLE but {_shortened(segmentation)}."
+        ) from None
 
 
 def _locate_images(images, image_root, json_file):
