@@ -49,7 +49,7 @@ def random_sample(labels, ious, num_samples, positive_fraction, bg_label, *, gen
 
 def all_sample(labels, ious, num_samples, positive_fraction, bg_label):
     """Take every row that is not ignored; see :func:`random_sample` for the arguments."""
-    positive, negative = _foreground_and_background(labels, bg_label)
+    positive, negative = _kinds(labels, bg_label)
     return positive.nonzero().squeeze(1), negative.nonzero().squeeze(1)
 
 
@@ -98,39 +98,41 @@ def iou_balanced_sample(
     """
     if len(labels) == 0:
         return all_sample(labels, ious, num_samples, positive_fraction, bg_label)
-    positive, negative = _foreground_and_background(labels, bg_label)
-    wanted = _wanted(positive, negative, num_samples, positive_fraction)
-    num_balanced = (wanted[1].double() * (1 - floor_fraction)).long()
-
-    below = _below_floor(ious, floor_threshold) & negative
-    balanced = negative & ~below
-    lower = max(floor_threshold, 0.0)
-    offset = ious.float() - lower
-    width = torch.where(balanced, offset, 0).amax().clamp(min=torch.finfo(torch.float32).tiny)
-    bins = (offset / width * num_bins).long().clamp(0, num_bins - 1)
-
-    # One sort ranks both sides: background rows by range, foreground rows by object.
-    groups = torch.where(balanced, bins, -1)
-    if instance_balanced:
-        groups = torch.where(positive, num_bins + matched_idxs, groups)
-    rank = _rank_within(groups, _chance(labels, generator))
-
-    # The shares floor((n + b) / B), b = 0 ... B-1, add up to n (Hermite's identity).
-    beyond_share = balanced & (rank >= (num_balanced + bins) // num_bins)
-    level = beyond_share.long()
-    # Rows beyond a share have drawn a high number, the higher the larger the drawn part of their
-    # range is; a second draw makes them equal again.
-    chance = _chance(labels, generator)
+    kinds = _kinds(labels, bg_label)
+    counts = _counts(kinds, num_samples, positive_fraction)
+    chance, fresh_chance = _chances(labels, generator)
+    balanced = kinds[1]
+    if floor_threshold >= 0:
+        balanced = balanced & (ious > 0 if floor_threshold == 0 else ious >= floor_threshold)
+    num_balanced = counts[1]
     if floor_fraction > 0:
-        # Of the rows beyond their range's share, those that fill the shares of others come before
-        # the rows below the floor, and the rest after them.
-        missing = num_balanced - (balanced & ~beyond_share).sum()
-        place = _rank_within(level, chance)
-        level = torch.where(beyond_share & (place >= missing), 3, level)
-    level = torch.where(below, 2, level)
+        num_balanced = (num_balanced.double() * (1 - floor_fraction)).floor()
 
-    positive_keys = rank + chance if instance_balanced else chance
-    return _lowest(positive, positive_keys, negative, level + chance, wanted, num_samples)
+    offset = torch.where(balanced, ious.float() - max(floor_threshold, 0.0), -1.0)
+    width = offset.amax().clamp(min=torch.finfo(torch.float32).tiny)
+    bins = (offset / width * num_bins).floor().clamp(-1, num_bins - 1)  # -1: in no range
+    # One sort ranks both kinds: background rows in their range, foreground rows in their object.
+    groups = bins
+    if instance_balanced:
+        groups = torch.where(kinds[0], num_bins + matched_idxs, bins)
+    rank = _rank_within(groups, chance)
+
+    # The shares floor((n + b) / B), b = 0 ... B-1, add up to n (Hermite's identity), and
+    # rank >= floor((n + b) / B) is this:
+    level = (rank + 1) * num_bins - bins > num_balanced
+    # The numbers of the rows beyond a share are high, the higher the larger the drawn part of
+    # their range is, so that another draw decides which of them fill what other ranges lack.
+    if floor_fraction > 0:
+        # These come before the rows below the floor, and the rest beyond the shares after them.
+        place = _rank_within(level.long().masked_fill(~balanced, -1), fresh_chance)
+        missing = num_balanced - (balanced & ~level).sum()
+        level = torch.where(level & (place >= missing), 3, level.long())
+    if floor_threshold >= 0:
+        level = torch.where(balanced, level, 2)
+
+    positive_keys = rank + fresh_chance if instance_balanced else chance
+    keys = torch.stack((positive_keys, level + fresh_chance))
+    return _lowest(keys, kinds, counts, num_samples)
 
 
 @torch.no_grad()
@@ -149,11 +151,13 @@ def instance_balanced_positives(labels, matched_idxs, num, bg_label, *, generato
     Returns:
         LongTensor of at most ``num`` indices.
     """
-    positive, negative = _foreground_and_background(labels, bg_label)
-    rank = _rank_within(torch.where(positive, matched_idxs, -1), _chance(labels, generator))
-    wanted = _wanted(positive, torch.zeros_like(negative), num, 1.0)
-    keys = rank + _chance(labels, generator)  # which objects give the last rows is drawn anew
-    return _lowest(positive, keys, negative, keys, wanted, num)[0]
+    kinds = _kinds(labels, bg_label)
+    chance, fresh_chance = _chances(labels, generator)
+    rank = _rank_within(torch.where(kinds[0], matched_idxs, -1), chance)
+    # Which objects give the last rows is drawn anew, see iou_balanced_sample.
+    keys = (rank + fresh_chance).expand(2, -1)
+    counts = (kinds[0].sum().clamp(max=num), kinds[1].sum().clamp(max=0))
+    return _lowest(keys, kinds, counts, num)[0]
 
 
 @torch.no_grad()
@@ -171,10 +175,10 @@ def hard_example_sample(labels, losses, num_samples, positive_fraction, bg_label
     Returns:
         (positive_idx, negative_idx): LongTensors, hardest first.
     """
-    positive, negative = _foreground_and_background(labels, bg_label)
-    wanted = _wanted(positive, negative, num_samples, positive_fraction)
-    ease = -losses.float().nan_to_num(nan=torch.finfo(torch.float32).max)
-    return _lowest(positive, ease, negative, ease, wanted, num_samples)
+    kinds = _kinds(labels, bg_label)
+    counts = _counts(kinds, num_samples, positive_fraction)
+    losses = losses.float().nan_to_num(nan=torch.finfo(torch.float32).max)
+    return _lowest(-losses.expand(2, -1), kinds, counts, num_samples)
 
 
 class _Sampler:
@@ -309,9 +313,17 @@ class AllSampler(_Sampler):
         return all_sample(labels, ious, num_samples, positive_fraction, bg_label)
 
 
-def _foreground_and_background(labels, bg_label):
+def _kinds(labels, bg_label):
+    """(2, R): which rows are foreground, and which are background."""
     negative = labels == bg_label
-    return (labels != -1) & ~negative, negative
+    return torch.stack(((labels >= 0) ^ negative, negative))
+
+
+def _counts(kinds, num_samples, positive_fraction):
+    """How many rows of each kind to take, two scalars left on the device."""
+    positive, negative = kinds.sum(dim=1)
+    positive = positive.clamp(max=int(num_samples * positive_fraction))
+    return positive, torch.minimum(negative, num_samples - positive)
 
 
 def _shuffled(indices, generator):
@@ -319,20 +331,13 @@ def _shuffled(indices, generator):
     return indices[order]
 
 
-def _chance(labels, generator):
-    """A random number in [0, 1) for each row; float32 so that float64 adds integers exactly."""
-    return torch.rand(labels.shape, generator=generator, device=labels.device).double()
+def _chances(labels, generator):
+    """Two random numbers in [0, 1) for each row, (2, R).
 
-
-def _wanted(positive, negative, num_samples, positive_fraction):
-    """How many rows of each to take, (2,), left on the device."""
-    num_positive = positive.sum().clamp(max=int(num_samples * positive_fraction))
-    num_negative = torch.minimum(negative.sum(), num_samples - num_positive)
-    return torch.stack((num_positive, num_negative))
-
-
-def _below_floor(ious, floor_threshold):
-    return ious <= 0 if floor_threshold == 0 else ious < floor_threshold
+    They are float32 numbers in float64, so that an integer is added without rounding.
+    """
+    shape = (2, len(labels))
+    return torch.rand(shape, generator=generator, device=labels.device).double()
 
 
 def _rank_within(groups, chance):
@@ -343,14 +348,14 @@ def _rank_within(groups, chance):
     return torch.empty_like(place).scatter_(0, order, place)
 
 
-def _lowest(positive, positive_keys, negative, negative_keys, wanted, num_samples):
-    """The ``wanted`` rows of the lowest keys among the positive and among the negative rows."""
-    keys = torch.stack(
-        (
-            torch.where(positive, positive_keys, torch.inf),
-            torch.where(negative, negative_keys, torch.inf),
-        )
-    )  # (2, R)
+def _lowest(keys, kinds, counts, num_samples):
+    """Return the rows of the lowest keys of each kind, as many as ``counts`` says.
+
+    Args:
+        keys, kinds: (2, R).
+        counts: two scalars on the device, at most ``num_samples``.
+    """
+    keys = keys.masked_fill(~kinds, torch.inf)
     rows = keys.topk(min(num_samples, keys.shape[1]), largest=False).indices
-    num_positive, num_negative = wanted.tolist()  # the one copy to the host
+    num_positive, num_negative = torch.stack(counts).tolist()  # the one copy to the host
     return rows[0, :num_positive], rows[1, :num_negative]
