@@ -1,7 +1,7 @@
 """LVIS average precision: the nine summary numbers and one row a class, from one evaluation.
 
 The protocol is that of Gupta et al., "LVIS: A Dataset for Large Vocabulary Instance Segmentation"
-(arXiv 1908.03195, section 2.4), computed by ``faster_coco_eval`` in its LVIS mode:
+(arXiv 1908.03195), computed by ``faster_coco_eval`` in its LVIS mode:
 
 * an image counts for a class only where its annotators looked for that class: the class is
   annotated there or listed in the image's ``neg_category_ids``;

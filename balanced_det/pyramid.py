@@ -1,6 +1,6 @@
 """Balanced feature pyramid: every level gets what all levels know (arXiv 1904.02701, section 3.2).
 
-The levels of an FPN are brought to one size, averaged (equation 2), refined, brought back and added
+The levels of an FPN are brought to one size, averaged, refined, brought back and added
 to each level. No level of resolution then weighs more than another in what is shared.
 """
 
@@ -74,7 +74,7 @@ class BalancedFeaturePyramid(Backbone):
 
 
 class NonLocal(nn.Module):
-    """Non-local block with the embedded Gaussian (Wang et al., arXiv 1711.07971, equation 6).
+    """Non-local block with the embedded Gaussian (Wang et al., arXiv 1711.07971, equations 3, 6).
 
     For positions i, j of a map: ``x_i + out(sum_j softmax_j(theta(x_i) . phi(x_j)) g(x_j))`` with
     1 x 1 convolutions theta, phi, g and out of as many channels as the map, and without dividing

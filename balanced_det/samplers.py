@@ -72,8 +72,7 @@ def iou_balanced_sample(
 
     The ranges, of equal width, reach from ``max(floor_threshold, 0)`` to the largest IoU of a
     background row. The shares differ by one row at most, the ranges of higher IoU having the
-    larger; what a range is short of is filled at random from the rest (equation 1 and the text
-    after it).
+    larger; what a range is short of is filled at random from the rest (section 3.1).
 
     With a ``floor_threshold`` >= 0, the rows below it (at 0: those of IoU 0) are kept apart: of the
     N background rows to take, ``int(N (1 - floor_fraction))`` come from the ranges, the others at
