@@ -473,8 +473,8 @@ def test_labels_of_any_integer_type(implementation, dtype):
 
 
 def test_reference_allocates_one_gradient_and_pieces():
-    logits = torch.randn(5000, 80, requires_grad=True)
-    labels = make_labels("mixed", (5000,), 80)
+    logits = torch.randn(10_000, 80, requires_grad=True)
+    labels = make_labels("mixed", (10_000,), 80)
     # An int64 temporary of one piece, the largest there should be, is a third of the logits.
     limit = 8 * reference._CPU_PIECE
     assert limit < logits.numel() * logits.element_size() / 3

@@ -22,7 +22,7 @@ from .layout import memory_order
 
 # Elements of a piece. On a CPU the handful of temporaries of a piece should stay in the cache; on
 # other devices a piece should be large enough to hide the launches.
-_CPU_PIECE = 1 << 16
+_CPU_PIECE = 1 << 17
 _DEVICE_PIECE = 1 << 24
 
 
