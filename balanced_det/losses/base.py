@@ -19,6 +19,11 @@ from ..registry import Registry
 CLASSIFICATION_LOSSES = Registry("classification loss")
 BOX_LOSSES = Registry("box loss")
 
+# The gradient of float16 logits is float16, and made before a gradient scaler's factor reaches it.
+# Divided by thousands of rows it would vanish below 6e-8; made this much larger, it does not, and
+# the division follows together with the scaler's factor. A power of two rounds nothing.
+_FLOAT16_SCALE = 2.0**12
+
 
 def upcast(tensor):
     """Return ``tensor`` as float32, or as it is where it is float64 already."""
@@ -45,8 +50,9 @@ class ClassificationLoss(nn.Module):
         num_classes: K, the number of object classes.
         num_logits: channels of a row; the detector sizes its last layer by it.
 
-    A subclass implements :meth:`scaled_sum`, :meth:`scores` and :meth:`initial_bias`. What it keeps
-    between steps it keeps in buffers, so that a checkpoint holds it.
+    A subclass implements :meth:`scaled_sum`, :meth:`row_losses`, :meth:`scores` and
+    :meth:`initial_bias`. What it keeps between steps it keeps in buffers, so that a checkpoint
+    holds it.
     """
 
     def __init__(self, num_classes, num_logits):
@@ -81,6 +87,21 @@ class ClassificationLoss(nn.Module):
         """Return ``scale``, a number or 0-dim tensor, times the sum over all rows.
 
         ``levels`` is a list of (logits, labels) pairs of the shapes that :meth:`forward` takes.
+        """
+        raise NotImplementedError
+
+    def row_losses(self, logits, labels):
+        """Return how wrong each row is, for samplers that pick rows by their loss.
+
+        It is the plain cross entropy of the family, without the weights of the method: those say
+        how a row that takes part is trained on, not whether it is a hard one.
+
+        Args:
+            logits: (*lead, num_logits), as in :meth:`forward`.
+            labels: (*lead).
+
+        Returns:
+            (*lead), float32 at least and without gradient; 0 where a row is ignored.
         """
         raise NotImplementedError
 
@@ -128,8 +149,23 @@ class SigmoidLoss(ClassificationLoss):
 
     def scaled_sum(self, levels, scale, overwrite_logits):
         """Return ``scale`` times the loss summed over rows and classes."""
+        remaining = None
+        if any(x.dtype == torch.float16 for x, _ in levels):
+            scale, remaining = _FLOAT16_SCALE, scale / _FLOAT16_SCALE
         options = dict(self.tables(levels), scale=scale, overwrite_logits=overwrite_logits)
-        return sum(sigmoid_loss(x, y, **options) for x, y in levels)
+        total = sum(sigmoid_loss(x, y, **options) for x, y in levels)
+        return total if remaining is None else total * remaining
+
+    @torch.no_grad()
+    def row_losses(self, logits, labels):
+        """Return the binary cross entropy of each row summed over its classes; see the base."""
+        # -log(1 - p) for every class, and for the true class -log(p), which is smaller by the logit.
+        x = upcast(logits)
+        true_class = labels.clamp(0, self.num_classes - 1).long().unsqueeze(-1)
+        is_foreground = (labels >= 0) & (labels < self.num_classes)
+        losses = F.softplus(x).sum(dim=-1)
+        losses = losses - x.gather(-1, true_class).squeeze(-1).where(is_foreground, 0.0)
+        return losses.where(labels >= 0, 0.0)
 
     def scores(self, logits):
         """Return sigmoid(logits), (*lead, K) -> (*lead, K)."""
@@ -147,7 +183,7 @@ class SoftmaxLoss(ClassificationLoss):
     def __init__(self, num_classes):
         super().__init__(num_classes, num_logits=num_classes + 1)
 
-    def row_losses(self, logits, labels):
+    def cross_entropy(self, logits, labels):
         """Return the cross entropy of every row, 0 where it is ignored.
 
         Args:
@@ -169,8 +205,14 @@ class SoftmaxLoss(ClassificationLoss):
 
     def scaled_sum(self, levels, scale, overwrite_logits):
         """Return ``scale`` times the loss summed over rows."""
-        total = sum(self.row_losses(x, y).sum() for x, y in levels)
+        total = sum(self.cross_entropy(x, y).sum() for x, y in levels)
         return (total * scale).to(total.dtype)
+
+    @torch.no_grad()
+    def row_losses(self, logits, labels):
+        """Return the cross entropy of each row over all its channels; see the base."""
+        # Not a subclass's cross_entropy, which may weigh channels or drop them at random.
+        return SoftmaxLoss.cross_entropy(self, logits, labels).view(labels.shape)
 
     def scores(self, logits):
         """Return the softmax without its background channel, (*lead, K + 1) -> (*lead, K)."""

@@ -187,10 +187,10 @@ class SoftmaxEqualizationLoss(SoftmaxLoss):
         """The (K,) class frequencies, NaN while unknown."""
         return self.tail.class_frequency
 
-    def row_losses(self, logits, labels):
+    def cross_entropy(self, logits, labels):
         """Return every row's cross entropy over the channels that were not dropped, (R,)."""
         channel = torch.arange(self.num_logits, device=logits.device)
         tail = nn.functional.pad(self.tail.mask(), (0, 1))  # (K + 1,), background is never tail
         beta = torch.rand(logits.shape, device=logits.device) < self.keep_probability
         dropped = beta & tail & (channel != labels.unsqueeze(-1))  # (*lead, K + 1)
-        return super().row_losses(logits.masked_fill(dropped, -torch.inf), labels)
+        return super().cross_entropy(logits.masked_fill(dropped, -torch.inf), labels)

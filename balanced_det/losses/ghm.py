@@ -70,7 +70,7 @@ class SoftmaxGHMLoss(SoftmaxLoss):
 
     def scaled_sum(self, levels, scale, overwrite_logits):
         """Return the harmonized sum over rows; ``scale`` is 1."""
-        losses = torch.cat([self.row_losses(x, y) for x, y in levels])  # (R,)
+        losses = torch.cat([self.cross_entropy(x, y) for x, y in levels])  # (R,)
         valid = torch.cat([y.reshape(-1) for _, y in levels]) >= 0
         lengths = -torch.expm1(-losses.detach())  # 1 - p_y, since a row's loss is -log p_y
         counts = self.gradient_density.histogram(lengths, valid)
