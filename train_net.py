@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train and evaluate a detector; the command line is Detectron2's own.
 
-    python train_net.py --config-file configs/quickstart.yaml --num-gpus 1
-    python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
+python train_net.py --config-file configs/quickstart.yaml --num-gpus 1
+python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
 """
 
 import os
@@ -17,22 +17,22 @@ except ModuleNotFoundError as error:
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from balanced_det.engine import Trainer, load_config, print_results
+from balanced_det.engine import Trainer, check_run, load_config, print_results
 
 
-def setup(args):
+def configure(args):
     """Return the frozen config of a command line, with its data sets registered."""
     cfg = load_config(args.config_file, args.opts)
     if args.eval_only:
         cfg.BALANCE.COUNT = False  # what is counted comes with the checkpoint
     cfg.freeze()
-    default_setup(cfg, args)
     return cfg
 
 
 def main(args):
     """Train or evaluate, in each process."""
-    cfg = setup(args)
+    cfg = configure(args)
+    default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
@@ -46,16 +46,24 @@ def main(args):
     return results
 
 
+def run(args):
+    """Check the whole command line, then launch :func:`main` in as many processes as it asks for.
+
+    What is wrong is an :class:`InputError` here, before anything is written.
+    """
+    check_run(configure(args), eval_only=args.eval_only, resume=args.resume)
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
     try:
-        launch(
-            main,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
-            args=(arguments,),
-        )
+        run(default_argument_parser().parse_args())
     except InputError as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")

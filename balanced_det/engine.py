@@ -5,7 +5,9 @@ import logging
 import os
 
 import torch
+import yaml
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from tabulate import tabulate
 
@@ -27,6 +29,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg):
+        check_model_classes(cfg, cfg.DATASETS.TRAIN)
         create_ddp_model = defaults.create_ddp_model
         if torch.device(cfg.MODEL.DEVICE).type == "cpu":
             # Detectron2 gives every process a GPU, which processes on CPU refuse.
@@ -39,7 +42,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg):
         """Build the model, and freeze all of it but ``BALANCE.TRAIN_ONLY``."""
-        check_model_classes(cfg)
+        check_model_classes(cfg, cfg.DATASETS.TEST)
         model = super().build_model(cfg)
         train_only(model, cfg.BALANCE.TRAIN_ONLY)
         return model
@@ -58,7 +61,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
-        """Return the evaluator of a data set, see :func:`balanced_det.evaluation.build_evaluator`."""
+        """Return a data set's evaluator, see :func:`balanced_det.evaluation.build_evaluator`."""
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         try:
             statistics = training_statistics(cfg)
@@ -70,11 +73,28 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_folder, train_statistics=statistics)
 
     def build_hooks(self):
-        """Return Detectron2's hooks and the one that logs what the criteria monitor."""
+        """Return Detectron2's hooks and this project's own, those defined below."""
         ret = super().build_hooks()
+        if self.cfg.BALANCE.TRAIN_ONLY:
+            ret.insert(0, KeepFrozenStatistics())
         writers = [hook for hook in ret if isinstance(hook, hooks.PeriodicWriter)]
         ret.insert(ret.index(writers[0]) if writers else len(ret), LogMonitored())
         return ret
+
+
+class KeepFrozenStatistics(HookBase):
+    """Keep the running statistics of frozen batch normalization as they are, and train with them.
+
+    Without gradients alone, they would still follow the batches of the training.
+    """
+
+    def before_step(self):
+        """Switch frozen layers to evaluation, since each ``model.train()`` switches them back."""
+        for module in self.trainer.model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not any(
+                parameter.requires_grad for parameter in module.parameters()
+            ):
+                module.eval()
 
 
 class LogMonitored(HookBase):
@@ -131,8 +151,8 @@ def _metric_rows(results, prefix=""):
 def train_only(model, prefixes):
     """Freeze all parameters but those whose name starts with one of ``prefixes``.
 
-    Frozen batch statistics stay as they are, too. An empty list leaves the model as it is; a prefix
-    that no parameter has is an :class:`InputError`.
+    Batch statistics are not parameters: :class:`KeepFrozenStatistics` keeps those. An empty list
+    leaves the model as it is; a prefix that no parameter has is an :class:`InputError`.
     """
     if not prefixes:
         return
@@ -147,15 +167,53 @@ def train_only(model, prefixes):
     logger.info("Training %d parameters, those of %s; all others are frozen.", trained, prefixes)
 
 
-def check_model_classes(cfg):
-    """Refuse a config whose number of classes is not that of its data sets."""
+def check_model_classes(cfg, names):
+    """Refuse a config whose number of classes is not that of the data sets called ``names``."""
     node = {
         "GeneralizedRCNN": "ROI_HEADS",
         "BalancedRetinaNet": "RETINANET",
         "BalancedFCOS": "FCOS",
     }.get(cfg.MODEL.META_ARCHITECTURE)
     if node is not None:
-        check_num_classes(cfg, cfg.MODEL[node].NUM_CLASSES, f"MODEL.{node}.NUM_CLASSES")
+        check_num_classes(cfg, cfg.MODEL[node].NUM_CLASSES, f"MODEL.{node}.NUM_CLASSES", names)
+
+
+def check_run(cfg, eval_only=False, resume=False):
+    """Refuse a run that cannot work, before it starts a process or writes a file.
+
+    Annotations are read and the model is built, once, on CPU. What is counted is kept for the run,
+    unless that runs in other processes.
+
+    Args:
+        cfg: a config of :func:`load_config`.
+        eval_only: the training set is not needed.
+        resume: where ``OUTPUT_DIR`` holds a checkpoint, ``MODEL.WEIGHTS`` is not needed.
+
+    Raises:
+        InputError: an annotation file, an image, the weights, a method's name or another value of
+            the config is missing or wrong.
+    """
+    weights = cfg.MODEL.WEIGHTS.partition("?")[0]
+    resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
+        raise InputError(f"MODEL.WEIGHTS: the file '{weights}' does not exist.")
+    for name in cfg.DATASETS.TEST:
+        DatasetCatalog.get(name)
+    if not eval_only:
+        training_statistics(cfg)
+        check_model_classes(cfg, cfg.DATASETS.TRAIN)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    Trainer.build_model(cfg)
+
+
+# What yacs and Detectron2 raise for a key or value that they refuse.
+_CONFIG_ERRORS = (KeyError, ValueError, TypeError, AssertionError)
+
+
+def _reason(error):
+    return str(error.args[0] if error.args else error).rstrip(".!")
 
 
 def load_config(config_file, opts=(), **overrides):
@@ -172,17 +230,26 @@ def load_config(config_file, opts=(), **overrides):
     """
     cfg = get_cfg()
     add_balanced_det_config(cfg)
+    if not os.path.isfile(config_file):
+        raise InputError(f"The config file '{config_file}' does not exist.")
     try:
         # Detectron2's default may execute code from the file.
         cfg.merge_from_file(config_file, allow_unsafe=False)
-        cfg.merge_from_list(list(opts))
     except FileNotFoundError as error:
-        raise InputError(f"The config file '{error.filename}' does not exist.") from None
-    except (KeyError, ValueError, AssertionError) as error:
-        reason = str(error.args[0]) if error.args else str(error)
-        raise InputError(f"{config_file} {' '.join(opts)}: {reason}".strip()) from None
-    for key, value in overrides.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
+        raise InputError(f"{config_file}: its _BASE_ '{error.filename}' does not exist.") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{config_file} is no valid YAML: {reason}.") from None
+    except _CONFIG_ERRORS as error:
+        raise InputError(f"{config_file}: {_reason(error)}.") from None
+    if len(opts) % 2:
+        raise InputError(f"Not pairs of KEY VALUE: {' '.join(map(str, opts))}.")
+    pairs = [*zip(opts[::2], opts[1::2])]
+    for key, value in [*pairs, *((k.replace("__", "."), v) for k, v in overrides.items())]:
+        try:
+            cfg.merge_from_list([key, value])
+        except _CONFIG_ERRORS as error:
+            raise InputError(f"{key} {value}: {_reason(error)}.") from None
     if not torch.cuda.is_available() and cfg.MODEL.DEVICE == "cuda":
         logger.warning("No GPU is available: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"
