@@ -6,13 +6,14 @@ smaller. Row-major logits are (R, K, 1), a convolution's output (N * A, K, H * W
 are so contiguous in every layout; the labels, laid out as (outer, inner), are compared in the
 kernel. See :mod:`.reference` for the formula; the functions share its signatures.
 
-No size is compiled in, so that images of changing size never compile anew. A program addresses its
-elements by a 64-bit start and 32-bit offsets from it.
+No size is compiled in, so that images of changing size never compile anew. The kernels are bound by
+arithmetic nearly as much as by memory, hence their care about divisions and 64-bit numbers.
 """
 
 import contextlib
 import functools
 import math
+import os
 
 import torch
 import triton
@@ -21,11 +22,20 @@ import triton.language as tl
 from ..errors import InputError
 from .layout import is_dense, memory_order
 
-_BLOCK = 2048  # Elements that a program handles at a time.
+# Elements that a program handles at a time: 8 a thread, measured best on an H200 (16 need so many
+# registers that too few programs run side by side).
+_BLOCK = 1024
 _WARPS = 4
 # Programs a multiprocessor gets in the kernels that loop; they fill its 2048 threads.
 _PROGRAMS_PER_MULTIPROCESSOR = 2048 // (32 * _WARPS)
-_MAX_EXTENT = 1 << 30  # Of K and of inner, so that 32-bit offsets suffice.
+# Up to here, 32-bit element numbers cannot overflow, also where a loop steps past the end by one
+# block of every program that runs at a time (2,112 on an H200).
+_NARROW = (1 << 31) - (1 << 24)
+_MAX_EXTENT = 1 << 30  # Of K and of inner: 32-bit offsets within them suffice in either case.
+
+# Hardware approximations, within two rounding steps, where there is the hardware: Triton's own exp
+# and division spend a sixth of the kernel on denormal numbers, which cannot occur or do not matter.
+_PTX = tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1")
 
 # How a tensor lies, see _layout. Named short since Triton wants every number as its own argument.
 _LAYOUT = ["K", "k_mul", "k_shift", "inner", "i_mul", "i_shift"]
@@ -40,34 +50,64 @@ def _divide(n, multiplier, shift):
     return ((high + n) >> shift.to(tl.uint32)).to(tl.int32)
 
 
+@triton.jit
+def _exp(x):
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;",
+            "=r,r",
+            [x * 1.4426950408889634],  # 1 / log(2)
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def _inverse(x):
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
 # fmt: off
 @triton.jit
-def _load(start, offset, numel, logits_ptr, labels_ptr,
+def _load(start, numel, logits_ptr, labels_ptr,
           K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
-          LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr):
-    """Where elements start + offset of (outer, K, inner) lie; their logit, label and class."""
+          LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where BLOCK elements of (outer, K, inner) from start on lie; their logit, label and class."""
     # fmt: on
+    # Rows and classes are counted from those of the start, which only a large tensor needs.
+    element = start + tl.arange(0, BLOCK)
+    first_row = 0
+    first_k = 0
+    if WIDE:
+        first_plane = start // inner
+        start -= first_plane * inner
+        first_row = first_plane // K * inner
+        first_k = (first_plane % K).to(tl.int32)
+    row = start.to(tl.int32) + tl.arange(0, BLOCK)
     if ROW_MAJOR:
-        first_row = start // K
-        k = (start - first_row * K).to(tl.int32) + offset
+        k = first_k + row
         row = _divide(k, k_mul, k_shift)
         k -= row * K
     else:
-        first_plane = start // inner
-        row = (start - first_plane * inner).to(tl.int32) + offset
         plane = _divide(row, i_mul, i_shift)
         row -= plane * inner
-        first_outer = first_plane // K
-        k = (first_plane - first_outer * K).to(tl.int32) + plane
+        k = first_k + plane
         outer = _divide(k, k_mul, k_shift)
         k -= outer * K
-        first_row = first_outer * inner
         row += outer * inner
 
     if LEAD == 0:
-        at = start + offset
+        at = element
     else:  # Gaps: count out the leading dimensions, fastest first.
-        rest = first_row + row
+        rest = first_row + row.to(tl.int64)
         at = k.to(tl.int64) * k_stride
         if LEAD > 3:
             at += (rest % n3) * s3
@@ -80,10 +120,10 @@ def _load(start, offset, numel, logits_ptr, labels_ptr,
             rest = rest // n1
         at += rest * s0
 
-    inside = start + offset < numel
+    inside = element < numel
     x = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
     label = tl.load(labels_ptr + first_row + row, mask=inside, other=-1).to(tl.int32)
-    return at, x, label, k
+    return element, at, x, label, k
 
 
 @triton.jit
@@ -100,9 +140,9 @@ def _logistic(z):
     s = e / (2 + e) <= 1/3; the first term left out is below 2e-8 of the sum. Computed from 1 + e
     it would lose what that rounds away, which is all of the loss of easy examples.
     """
-    e = tl.exp(-tl.abs(z))
-    near = 1.0 / (1.0 + e)
-    s = e / (2.0 + e)
+    e = _exp(-tl.abs(z))
+    near = _inverse(1.0 + e)
+    s = e * _inverse(2.0 + e)
     t = s * s
     series = t * (2.0 / 13) + 2.0 / 11
     series = series * t + 2.0 / 9
@@ -110,6 +150,13 @@ def _logistic(z):
     series = series * t + 2.0 / 5
     series = series * t + 2.0 / 3
     return tl.where(z < 0, near, e * near), s * (series * t + 2.0)
+
+
+@triton.jit
+def _start(WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's first element, as the integer type that element numbers need."""
+    program = tl.program_id(0)
+    return (program.to(tl.int64) if WIDE else program) * BLOCK
 
 
 @triton.jit
@@ -127,16 +174,14 @@ def _loss_kernel(
     scale_ptr,  # None: the number `scale` counts.
     scale, bins, numel,
     K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
-    LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, OVERWRITE: tl.constexpr,
+    LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr, OVERWRITE: tl.constexpr,
     ALPHA: tl.constexpr, GAMMA: tl.constexpr, BLOCK: tl.constexpr,
 ):
     # fmt: on
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offset = tl.arange(0, BLOCK)
-    at, x, label, k = _load(
-        start, offset, numel, logits_ptr, labels_ptr,
+    element, at, x, label, k = _load(
+        _start(WIDE, BLOCK), numel, logits_ptr, labels_ptr,
         K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
-        LEAD, ROW_MAJOR,
+        LEAD, ROW_MAJOR, WIDE, BLOCK,
     )  # fmt: skip
     z = _margin(x, label, k)
     length, log1p = _logistic(z)
@@ -151,7 +196,7 @@ def _loss_kernel(
     elif GAMMA == 2.0:
         weight *= length * length
     elif GAMMA != 0.0:  # log g is at z what -bce is at -z.
-        weight *= tl.exp(-GAMMA * (log1p + tl.maximum(z, 0.0)))
+        weight *= _exp(-GAMMA * (log1p + tl.maximum(z, 0.0)))
     if positive_ptr is not None:
         weight *= tl.load(positive_ptr + k, mask=positive, other=1.0)
     if negative_ptr is not None:
@@ -170,8 +215,8 @@ def _loss_kernel(
             slope += GAMMA * (1.0 - length) * bce
         slope *= weight * tl.where(positive, -scale, scale)
         if not OVERWRITE:
-            at = start + offset
-        tl.store(gradient_ptr + at, slope, mask=start + offset < numel)
+            at = element
+        tl.store(gradient_ptr + at, slope, mask=element < numel)
 
 
 # fmt: off
@@ -181,33 +226,36 @@ def _histogram_kernel(
     counts_ptr,  # (bins,) int64
     bins, numel,
     K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
-    LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     # fmt: on
     slots = tl.arange(0, SLOTS)
     counts = tl.zeros((SLOTS,), tl.int32)
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    for start in range(first, numel, tl.num_programs(0) * BLOCK):
-        _, x, label, k = _load(
-            start, tl.arange(0, BLOCK), numel, logits_ptr, labels_ptr,
+    start = _start(WIDE, BLOCK)
+    while start < numel:
+        _, _, x, label, k = _load(
+            start, numel, logits_ptr, labels_ptr,
             K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
-            LEAD, ROW_MAJOR,
+            LEAD, ROW_MAJOR, WIDE, BLOCK,
         )  # fmt: skip
         length, _ = _logistic(_margin(x, label, k))
         # Ignored elements count in a slot past the last bin.
         counts += tl.histogram(tl.where(label >= 0, _bin(length, bins), bins), SLOTS)
+        start += tl.num_programs(0) * BLOCK
     tl.atomic_add(counts_ptr + slots, counts.to(tl.int64), mask=slots < bins)
 
 
 @triton.jit
-def _scale_kernel(gradient_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
+def _scale_kernel(gradient_ptr, factor_ptr, numel, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        for start in range(first, numel, tl.num_programs(0) * BLOCK):
+        start = _start(WIDE, BLOCK)
+        while start < numel:
             at = start + tl.arange(0, BLOCK)
             value = tl.load(gradient_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
             tl.store(gradient_ptr + at, value * factor, mask=at < numel)
+            start += tl.num_programs(0) * BLOCK
 
 
 def loss_and_gradient(
@@ -291,7 +339,12 @@ def scale_gradient_(gradient, factor):
         return
     with _current_device(gradient):
         _scale_kernel[(_looping_programs(gradient),)](
-            gradient, factor, gradient.numel(), BLOCK=_BLOCK, num_warps=_WARPS
+            gradient,
+            factor,
+            gradient.numel(),
+            WIDE=_is_wide(gradient.numel()),
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
         )
 
 
@@ -334,7 +387,12 @@ def _layout(shape, strides):
         *(size for size, _ in filled[1:]),
         *(stride for _, stride in filled),
     )
-    return lead, layout, dict(LEAD=len(gaps), ROW_MAJOR=inner == 1)
+    options = dict(LEAD=len(gaps), ROW_MAJOR=inner == 1, WIDE=_is_wide(math.prod(shape)))
+    return lead, layout, options
+
+
+def _is_wide(numel):
+    return numel > _NARROW
 
 
 def _reciprocal(divisor):
