@@ -32,7 +32,8 @@ class RowCounts:
         num_foreground: N_f, rows that carry an object class.
         num_rows: N, rows that are not ignored.
         num_images: images counted.
-        standard_error: of N_f / N, relative to it.
+        standard_error: of N_f / N as an estimate for the data set, relative to it; 0 when all of
+            its images are counted.
     """
 
     num_foreground: int
@@ -41,7 +42,7 @@ class RowCounts:
     standard_error: float
 
 
-def count_rows(part, backbone, cfg, dataset_dicts):
+def count_rows(part, backbone, cfg, dataset_dicts, population=None):
     """Count the rows of one part of a detector over data set dicts.
 
     Images are resized and boxes transformed as the training's ``DatasetMapper`` does; each image is
@@ -54,26 +55,31 @@ def count_rows(part, backbone, cfg, dataset_dicts):
         backbone: Detectron2 ``Backbone``; only its strides are used.
         cfg: the config, for the input resizing.
         dataset_dicts: Detectron2's standard format.
+        population: the number of images that these are drawn from at random, for the standard
+            error; None for a number without bound.
 
     Returns:
         :class:`RowCounts`.
     """
     strides = [backbone.output_shape()[name].stride for name in part.row_features]
     augmentations = T.AugmentationList(DatasetMapper.from_config(cfg, True)["augmentations"])
+    device = next(backbone.parameters()).device
     counts = []  # (foreground, rows) an image
     for record in dataset_dicts:
-        instances = _resized_instances(record, augmentations)
+        instances = _resized_instances(record, augmentations).to(device)
         height, width = instances.image_size
         divisor = max(backbone.size_divisibility, 1)
         features = [
-            torch.empty(1, 0, _levels(height, divisor, s), _levels(width, divisor, s))
+            torch.empty(
+                1, 0, _levels(height, divisor, s), _levels(width, divisor, s), device=device
+            )
             for s in strides
         ]
         labels = part.label_rows(features, instances)  # (R,)
         counts.append(
             (foreground(labels, part.num_classes).sum().item(), (labels >= 0).sum().item())
         )
-    return _summarize(np.asarray(counts, dtype=np.int64).reshape(-1, 2))
+    return _summarize(np.asarray(counts, dtype=np.int64).reshape(-1, 2), population)
 
 
 def fit_to_training_data(model, cfg):
@@ -117,15 +123,13 @@ def _counted_once(part, backbone, cfg):
             check_consistency=False,
         )
         # The choice of images is part of the result, so it never varies.
-        chosen = np.random.RandomState(0).permutation(len(dicts))[: cfg.BALANCE.COUNT_IMAGES or None]
-        device = next(backbone.parameters()).device
+        order = np.random.RandomState(0).permutation(len(dicts))
+        chosen = order[: cfg.BALANCE.COUNT_IMAGES or None]
         state = np.random.get_state()  # the augmentations draw from numpy
         np.random.seed(0)
-        part.cpu()
         try:
-            counts = count_rows(part, backbone, cfg, [dicts[i] for i in chosen])
+            counts = count_rows(part, backbone, cfg, [dicts[i] for i in chosen], len(dicts))
         finally:
-            part.to(device)
             np.random.set_state(state)
         if counts.num_foreground == 0:
             raise InputError(
@@ -155,11 +159,13 @@ def _levels(size, divisor, stride):
     return math.ceil(math.ceil(size / divisor) * divisor / stride)
 
 
-def _summarize(counts):
+def _summarize(counts, population):
     num_foreground, num_rows = (int(n) for n in counts.sum(axis=0))
     error = math.inf
     if len(counts) > 1 and num_foreground:
-        # The standard error of a ratio of sums over images drawn at random.
+        # The ratio estimator's standard error under sampling without replacement (Cochran,
+        # Sampling Techniques, section 6.4).
         residual = counts[:, 0] - num_foreground / num_rows * counts[:, 1]
-        error = math.sqrt(len(counts) * residual.var(ddof=1)) / num_foreground
+        unseen = 1 - len(counts) / (population or math.inf)
+        error = math.sqrt(unseen * len(counts) * residual.var(ddof=1)) / num_foreground
     return RowCounts(num_foreground, num_rows, len(counts), error)

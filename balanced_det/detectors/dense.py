@@ -1,11 +1,12 @@
 """What the one-stage detectors share: rows of all pyramid levels, read where the head left them."""
 
 import torch
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from ..losses.workers import num_workers, sum_over_workers
 from ..rows import foreground, ignore_others, level_rows, split_levels
+from ..samplers import AllSampler
 from .thresholds import CountedScoreThreshold
 
 
@@ -23,14 +24,14 @@ class BalancedDenseDetector(CountedScoreThreshold):
         score_threshold,
         prior_prob,
         initial_normalizer,
-        hard_rows_per_image,
-        hard_positive_fraction,
+        rows_per_image,
+        positive_fraction,
     ):
         self.criterion = criterion
         self.sampler = sampler
         self.score_threshold = score_threshold
-        self.hard_rows_per_image = hard_rows_per_image
-        self.hard_positive_fraction = hard_positive_fraction
+        self.rows_per_image = rows_per_image
+        self.positive_fraction = positive_fraction
         self.set_prior(prior_prob)
         # Foreground rows of a worker's batch, a moving average as Detectron2 has it. A buffer, so
         # that it is saved with the model and no step waits for the device to know it.
@@ -56,6 +57,25 @@ class BalancedDenseDetector(CountedScoreThreshold):
             instances: ``Instances`` with ``gt_boxes`` and ``gt_classes``.
         """
         return self.label_anchors(self.anchor_generator(features), [instances])[0][0]
+
+    def sample_rows(self, labels, ious=None, matched_idxs=None):
+        """Return a copy of one image's labels (R,) in which the rows not sampled are ignored.
+
+        A sampler by loss chooses later, when the losses are known: it gets the labels as they are.
+
+        Args:
+            labels: (R,).
+            ious, matched_idxs: (R,), what a sampler by IoU asks for.
+        """
+        if self.sampler.needs_losses or isinstance(self.sampler, AllSampler):
+            return labels
+        return self._kept(labels, ious=ious, matched_idxs=matched_idxs)
+
+    def _kept(self, labels, ious=None, **options):
+        kept = self.sampler(
+            labels, ious, self.rows_per_image, self.positive_fraction, self.num_classes, **options
+        )
+        return ignore_others(labels, torch.cat(kept))
 
     def _dense_losses(self, anchors, logits, deltas, gt_labels, gt_boxes):
         """Return the criterion's losses and the foreground rows that they were computed on.
@@ -93,9 +113,7 @@ class BalancedDenseDetector(CountedScoreThreshold):
 
     def _update_normalizer(self, num_foreground, momentum=0.9):
         count = self.loss_normalizer.new_tensor(float(max(num_foreground, 1)))
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(count)
-            count /= comm.get_world_size()
+        count = sum_over_workers(count) / num_workers()
         self.loss_normalizer.lerp_(count, 1 - momentum)
         return self.loss_normalizer.clone()
 
@@ -105,18 +123,8 @@ class BalancedDenseDetector(CountedScoreThreshold):
             self.criterion.classification_loss.row_losses(rows, labels).flatten(1)
             for rows, labels in zip(levels, split_levels(gt_labels, levels), strict=True)
         ]
-        chosen = []
-        for labels, losses_of_image in zip(gt_labels, torch.cat(losses, dim=1), strict=True):
-            kept = self.sampler(
-                labels,
-                None,
-                self.hard_rows_per_image,
-                self.hard_positive_fraction,
-                self.num_classes,
-                losses=losses_of_image,
-            )
-            chosen.append(ignore_others(labels, torch.cat(kept)))
-        return torch.stack(chosen)
+        images = zip(gt_labels, torch.cat(losses, dim=1), strict=True)
+        return torch.stack([self._kept(y, losses=losses_of_image) for y, losses_of_image in images])
 
 
 def resize_classifier(head, num_anchors_times_logits):

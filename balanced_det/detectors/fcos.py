@@ -27,7 +27,7 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
         sampler: which points take part, see :mod:`balanced_det.samplers`.
         score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
         prior_prob: the probability that every class starts with.
-        hard_rows_per_image, hard_positive_fraction: what a sampler by loss (OHEM) picks.
+        rows_per_image, positive_fraction: how many rows a sampler other than "all" takes.
         kwargs: Detectron2's own arguments.
     """
 
@@ -39,8 +39,8 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
         sampler,
         score_threshold,
         prior_prob=0.01,
-        hard_rows_per_image=512,
-        hard_positive_fraction=0.25,
+        rows_per_image=512,
+        positive_fraction=0.25,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -50,8 +50,8 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
             score_threshold=score_threshold,
             prior_prob=prior_prob,
             initial_normalizer=300,  # as Detectron2's FCOS
-            hard_rows_per_image=hard_rows_per_image,
-            hard_positive_fraction=hard_positive_fraction,
+            rows_per_image=rows_per_image,
+            positive_fraction=positive_fraction,
         )
 
     @classmethod
@@ -91,6 +91,11 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
             ),
             "prior_prob": cfg.BALANCE.DENSE.PRIOR_PROB,
         }
+
+    def label_anchors(self, anchors, gt_instances):
+        """Label and sample; see ``FCOS.label_anchors``. Rows not sampled are ignored."""
+        gt_labels, gt_boxes = super().label_anchors(anchors, gt_instances)
+        return [self.sample_rows(labels) for labels in gt_labels], gt_boxes
 
     def forward_training(self, images, features, predictions, gt_instances):
         """Return ``{"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}``, as Detectron2 does."""

@@ -21,6 +21,7 @@ from ..criterion import build_criterion, build_sampler, refuse_overridden_keys
 from ..rows import foreground, ignore_others
 from ..samplers import AllSampler
 from .matching import IoUKeepingMatcher
+from .normalizers import foreground_normalizer
 from .thresholds import CountedScoreThreshold, build_score_threshold
 
 _REPLACED_KEYS = {
@@ -109,7 +110,7 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         if self.hard_sampler is not None:
             self._ignore_easy_rows(logits, proposals)
         labels = cat([p.gt_classes for p in proposals])  # (R,)
-        _log_classification_stats(self._probabilities(logits), labels)
+        _log_classification_stats(self._probabilities(logits.detach()), labels)
 
         sources = cat([p.proposal_boxes.tensor for p in proposals])  # (R, 4)
         # An image without objects has no gt_boxes and no foreground row that would need them.
@@ -126,11 +127,10 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         boxes = self.criterion.box_pairs(
             self.box2box_transform, sources[rows], deltas, targets[rows]
         )
+        takes_part = labels >= 0
+        normalizer = takes_part.sum()  # on the device: no step waits for it
         if self.all_rows:
-            # Without sampling the number of rows says nothing about the number of objects.
-            normalizer = max(len(rows), 1)
-        else:
-            normalizer = (labels >= 0).sum().clamp(min=1)  # on the device: no step waits for it
+            normalizer = foreground_normalizer(is_foreground, takes_part)
         return self.criterion(logits, labels, boxes, normalizer)
 
     def predict_probs(self, predictions, proposals):

@@ -11,6 +11,7 @@ from detectron2.structures import Boxes
 
 from ..criterion import build_criterion, build_sampler, refuse_overridden_keys
 from .dense import BalancedDenseDetector, resize_classifier
+from .matching import IoUKeepingMatcher
 from .thresholds import build_score_threshold
 
 _REPLACED_KEYS = {
@@ -31,7 +32,7 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
         sampler: which anchors take part, see :mod:`balanced_det.samplers`.
         score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
         prior_prob: the probability that every class starts with.
-        hard_rows_per_image, hard_positive_fraction: what a sampler by loss (OHEM) picks.
+        rows_per_image, positive_fraction: how many rows a sampler other than "all" takes.
         kwargs: Detectron2's own arguments.
     """
 
@@ -43,19 +44,20 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
         sampler,
         score_threshold,
         prior_prob=0.01,
-        hard_rows_per_image=512,
-        hard_positive_fraction=0.25,
+        rows_per_image=512,
+        positive_fraction=0.25,
+        anchor_matcher,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(anchor_matcher=IoUKeepingMatcher(anchor_matcher), **kwargs)
         self._init_balance(
             criterion,
             sampler,
             score_threshold=score_threshold,
             prior_prob=prior_prob,
             initial_normalizer=100,  # as Detectron2's RetinaNet
-            hard_rows_per_image=hard_rows_per_image,
-            hard_positive_fraction=hard_positive_fraction,
+            rows_per_image=rows_per_image,
+            positive_fraction=positive_fraction,
         )
 
     @classmethod
@@ -76,6 +78,13 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
             prior_prob=cfg.BALANCE.DENSE.PRIOR_PROB,
         )
         return ret
+
+    def label_anchors(self, anchors, gt_instances):
+        """Label and sample; see ``RetinaNet.label_anchors``. Rows not sampled are ignored."""
+        self.anchor_matcher.clear()
+        gt_labels, gt_boxes = super().label_anchors(anchors, gt_instances)
+        matches = (gt_labels, self.anchor_matcher.ious, self.anchor_matcher.matched_idxs)
+        return [self.sample_rows(*match) for match in zip(*matches, strict=True)], gt_boxes
 
     def forward_training(self, images, features, predictions, gt_instances):
         """Return ``{"loss_cls", "loss_box_reg"}``; arguments as in Detectron2."""

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..rows import ignore_others, objectness_labels
 from ..samplers import AllSampler
 from .matching import IoUKeepingMatcher
+from .normalizers import foreground_normalizer
 
 _REPLACED_KEYS = {
     "MODEL.RPN.SMOOTH_L1_BETA": (0.0, "BALANCE.SmoothL1Loss.BETA"),
@@ -129,15 +130,13 @@ class BalancedRPN(RPN):
             torch.stack(gt_boxes)[image, anchor],
         )
         losses = self.criterion(
-            logits.unsqueeze(-1), objectness_labels(labels), boxes, self._normalizer(labels, image)
+            logits.unsqueeze(-1), objectness_labels(labels), boxes, self._normalizer(labels)
         )
         return {"loss_rpn_cls": losses["loss_cls"], "loss_rpn_loc": losses["loss_box_reg"]}
 
-    def _normalizer(self, labels, positives):
-        # Without sampling the number of rows says nothing about the number of objects, and as in
-        # a one-stage detector the losses are per foreground row.
+    def _normalizer(self, labels):
         if isinstance(self.sampler, AllSampler):
-            return max(len(positives), 1)
+            return foreground_normalizer(labels == 1, labels >= 0)
         return self.batch_size_per_image * len(labels)
 
     @torch.no_grad()

@@ -159,7 +159,7 @@ class SigmoidLoss(ClassificationLoss):
     @torch.no_grad()
     def row_losses(self, logits, labels):
         """Return the binary cross entropy of each row summed over its classes; see the base."""
-        # -log(1 - p) for every class, and for the true class -log(p), which is smaller by the logit.
+        # -log(1 - p) for every class; for the true class -log(p), which is smaller by the logit.
         x = upcast(logits)
         true_class = labels.clamp(0, self.num_classes - 1).long().unsqueeze(-1)
         is_foreground = (labels >= 0) & (labels < self.num_classes)
