@@ -8,8 +8,8 @@ twice) at the copy bandwidth that this run measured. A CUDA time is the median d
 between steps that are queued back to back, without waiting, as training queues them; so a step that
 the host cannot launch quickly enough counts as what it costs the host. Ours never waits for the
 device, so a CUDA graph can replay it: "on device" is the time without the host. Inputs exceed the
-L2 cache, except those of EQL, whose logits a region head has just written. Memory is the peak beyond
-what stood before the step, in units of the logits.
+L2 cache, except those of EQL, whose logits a region head has just written. Memory is the peak
+beyond what stood before the step, in units of the logits.
 """
 
 import argparse

@@ -26,8 +26,8 @@ from .layout import is_dense, memory_order
 # registers that too few programs run side by side).
 _BLOCK = 1024
 _WARPS = 4
-# Programs a multiprocessor gets in the kernels that loop; they fill its 2048 threads.
-_PROGRAMS_PER_MULTIPROCESSOR = 2048 // (32 * _WARPS)
+_HISTOGRAM_WARPS = 8
+_THREADS_PER_MULTIPROCESSOR = 2048  # The kernels that loop start as many programs as fill it.
 # Up to here, 32-bit element numbers cannot overflow, also where a loop steps past the end by one
 # block of every program that runs at a time (2,112 on an H200).
 _NARROW = (1 << 31) - (1 << 24)
@@ -315,7 +315,7 @@ def histogram(logits, labels, bins):
         return counts
     labels, layout, options = _prepare(logits, labels)
     with _current_device(logits):
-        _histogram_kernel[(_looping_programs(logits),)](
+        _histogram_kernel[(_looping_programs(logits, _HISTOGRAM_WARPS),)](
             logits,
             labels,
             counts,
@@ -325,7 +325,7 @@ def histogram(logits, labels, bins):
             **options,
             SLOTS=triton.next_power_of_2(bins + 1),
             BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            num_warps=_HISTOGRAM_WARPS,
         )
     return counts
 
@@ -334,11 +334,12 @@ def scale_gradient_(gradient, factor):
     """Multiply ``gradient`` in place by the 0-dim ``factor``; a factor of 1 moves no memory."""
     if gradient.numel() == 0:
         return
-    if not is_dense(gradient.shape, gradient.stride()):  # It overwrote logits with gaps.
+    dense = gradient.is_contiguous() or is_dense(gradient.shape, gradient.stride())
+    if not dense:  # It overwrote logits with gaps.
         gradient.copy_(gradient.float() * factor)
         return
     with _current_device(gradient):
-        _scale_kernel[(_looping_programs(gradient),)](
+        _scale_kernel[(_looping_programs(gradient, _WARPS),)](
             gradient,
             factor,
             gradient.numel(),
@@ -406,18 +407,18 @@ def _reciprocal(divisor):
     return multiplier - (1 << 32) if multiplier >= 1 << 31 else multiplier, shift
 
 
-def _looping_programs(tensor):
+def _looping_programs(tensor, warps):
     """Return the number of programs that fills the device, or fewer for a small tensor."""
     blocks = triton.cdiv(tensor.numel(), _BLOCK)
-    return min(blocks, _capacity(tensor.device))
+    return min(blocks, _capacity(tensor.device, warps))
 
 
 @functools.cache
-def _capacity(device):
+def _capacity(device, warps):
     if device.type != "cuda":
         return 4  # The interpreter runs programs one by one; a few exercise the loops.
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count * _PROGRAMS_PER_MULTIPROCESSOR
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return multiprocessors * (_THREADS_PER_MULTIPROCESSOR // (32 * warps))
 
 
 def _current_device(tensor):
