@@ -109,6 +109,8 @@ def sigmoid_loss(
     if isinstance(scale, torch.Tensor):
         if scale.dim() != 0:
             raise InputError(f"scale must be a number or 0-dim, not of shape {tuple(scale.shape)}.")
+        if scale.device.type != "cpu" and scale.device != logits.device:
+            raise InputError(f"scale is on {scale.device}, the logits on {logits.device}.")
         scale = scale.item() if scale.device.type == "cpu" else scale.detach()
     options = dict(
         alpha=alpha,
