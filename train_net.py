@@ -5,6 +5,7 @@ python train_net.py --config-file configs/quickstart.yaml --num-gpus 1
 python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
 """
 
+import logging
 import os
 import sys
 
@@ -16,6 +17,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}: run 'make .venv' and use .venv/bin/python, or install Detectron2 yourself.")
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from balanced_det.engine import Trainer, check_run, load_config, print_results
 
@@ -33,6 +36,8 @@ def main(args):
     """Train or evaluate, in each process."""
     cfg = configure(args)
     default_setup(cfg, args)
+    logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="balanced_det")
+    logger.setLevel(logging.INFO)  # below that, the evaluation library talks about every class
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
