@@ -356,11 +356,17 @@ def test_histogram_and_loss_agree_on_the_bins(implementation):
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0, 0.0])
-@pytest.mark.parametrize("layout", ["rows", "head, cropped"])
-def test_backward_multiplies_by_the_incoming_gradient(implementation, factor, layout):
+@pytest.mark.parametrize("layout", ["rows", "head", "head, cropped"])
+@pytest.mark.parametrize("large", [False, True])
+def test_backward_multiplies_by_the_incoming_gradient(
+    implementation, monkeypatch, factor, layout, large
+):
+    if implementation == "cuda" or INTERPRETED:
+        kernels = pytest.importorskip("balanced_det.ops.triton_kernels")
+        monkeypatch.setattr(kernels, "_SMALL", 0 if large else kernels._SMALL)
     torch.manual_seed(0)
-    logits = make_logits(layout, 5, 7)
-    labels = make_labels("mixed", logits.shape[:-1], 7)
+    logits = make_logits(layout, 25, 17)
+    labels = make_labels("mixed", logits.shape[:-1], 17)
     x = to_device(logits, implementation).requires_grad_()
     (gradient,) = torch.autograd.grad(ops.sigmoid_loss(x, labels.to(implementation)) * factor, x)
     _, expected = one_hot_loss(logits, labels)
@@ -548,6 +554,30 @@ def test_division_by_multiplication_is_exact(divisor, quotient, below):
     multiplier, shift = kernels._reciprocal(divisor)
     assert -(2**31) <= multiplier < 2**31
     assert ((n * (multiplier % 2**32) >> 32) + n) >> shift == n // divisor
+
+
+@pytest.fixture
+def wide_kernels(implementation, monkeypatch):
+    """Make the kernels count elements in 64 bits, as they do for more than 2**31."""
+    if implementation == "cuda" or INTERPRETED:
+        kernels = pytest.importorskip("balanced_det.ops.triton_kernels")
+        monkeypatch.setattr(kernels, "_NARROW", 0)
+        kernels._layout.cache_clear()
+        yield
+        kernels._layout.cache_clear()
+    else:
+        pytest.skip("the reference has one way to count")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_64_bit_counting_changes_nothing(implementation, wide_kernels, layout):
+    torch.manual_seed(0)
+    logits = make_logits(layout, 20, 37)  # Several programs, whose starts fall amid a row.
+    labels = make_labels("mixed", logits.shape[:-1], 37)
+    loss, gradient, x = run(implementation, logits, labels, alpha=0.25, gamma=2.0)
+    assert_matches(loss, gradient, *one_hot_loss(logits, labels, alpha=0.25, gamma=2.0))
+    counts = ops.gradient_histogram(x, labels.to(implementation), 1)
+    assert counts.item() == (labels >= 0).sum() * 37
 
 
 @pytest.mark.skipif(

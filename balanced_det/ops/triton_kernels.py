@@ -37,6 +37,10 @@ _MAX_EXTENT = 1 << 30  # Of K and of inner: 32-bit offsets within them suffice i
 # and division spend a sixth of the kernel on denormal numbers, which cannot occur or do not matter.
 _PTX = tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1")
 
+# Up to here a multiplication takes the device a few microseconds, less than it takes the host to
+# launch the kernel that can leave it out.
+_SMALL = 1 << 21
+
 # How a tensor lies, see _layout. Named short since Triton wants every number as its own argument.
 _LAYOUT = ["K", "k_mul", "k_shift", "inner", "i_mul", "i_shift"]
 _LAYOUT += ["k_stride", "n1", "n2", "n3", "s0", "s1", "s2", "s3"]
@@ -331,8 +335,14 @@ def histogram(logits, labels, bins):
 
 
 def scale_gradient_(gradient, factor):
-    """Multiply ``gradient`` in place by the 0-dim ``factor``; a factor of 1 moves no memory."""
+    """Multiply ``gradient`` in place by the 0-dim ``factor``.
+
+    A large gradient is not touched when the factor is 1, which the device finds out for itself.
+    """
     if gradient.numel() == 0:
+        return
+    if gradient.dtype == torch.float32 and gradient.numel() <= _SMALL:
+        gradient.mul_(factor)
         return
     dense = gradient.is_contiguous() or is_dense(gradient.shape, gradient.stride())
     if not dense:  # It overwrote logits with gaps.
