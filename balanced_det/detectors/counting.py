@@ -96,6 +96,11 @@ def fit_to_training_data(model, cfg):
     # The region heads count their thresholds while they train: proposals come from the network.
     if not keys.OPTIMAL_PRIOR and keys.get("SCORE_THRESHOLD", "fixed") == "fixed":
         return
+    if not hasattr(part, "label_rows"):
+        raise InputError(
+            f"BALANCE.{name}.OPTIMAL_PRIOR is set, but {type(part).__name__} does not read "
+            f"BALANCE; use Balanced{type(part).__name__}."
+        )
     counts = _counted_once(part, model.backbone, cfg)
     prior = optimal_prior(counts.num_foreground, counts.num_rows, part.num_classes)
     logger.info(
