@@ -8,10 +8,13 @@ python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIG
 import logging
 import os
 import sys
+import warnings
 
 from balanced_det.errors import InputError
 
 try:
+    # Detectron2 and fvcore still script functions, which torch deprecates at their import.
+    warnings.filterwarnings("ignore", ".torch.jit.script", FutureWarning)
     from detectron2.engine import default_argument_parser, default_setup, launch
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run 'make .venv' and use .venv/bin/python, or install Detectron2 yourself.")

@@ -205,7 +205,13 @@ def check_run(cfg, eval_only=False, resume=False):
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    Trainer.build_model(cfg)
+    try:
+        Trainer.build_model(cfg)
+    except KeyError as error:
+        # Detectron2's registries; any other KeyError is a bug to be seen.
+        if "registry" not in str(error):
+            raise
+        raise InputError(f"The model cannot be built: {error.args[0].rstrip('!')}.") from None
 
 
 def load_config(config_file, opts=(), **overrides):
