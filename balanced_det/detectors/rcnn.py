@@ -77,7 +77,6 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
     @classmethod
     def from_config(cls, cfg, input_shape):
         """Translate the config, see :class:`BalancedFastRCNNOutputLayers`."""
-        refuse_overridden_keys(cfg, "ROI_HEADS", _REPLACED_KEYS)
         ret = super().from_config(cfg, input_shape)
         sampler = build_sampler(cfg, "ROI_HEADS")
         ret.update(
@@ -121,7 +120,7 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         self.score_threshold.observe(is_foreground, labels >= 0)
         rows = is_foreground.nonzero().squeeze(1)  # (F,)
         if deltas.shape[1] != 4:
-            deltas = deltas.view(len(labels), -1, 4)[rows, labels[rows]]
+            deltas = deltas.unflatten(1, (-1, 4))[rows, labels[rows]]
         else:
             deltas = deltas[rows]
         boxes = self.criterion.box_pairs(
@@ -211,6 +210,8 @@ class BalancedROIHeads(_BalancedSampling, StandardROIHeads):
     @classmethod
     def from_config(cls, cfg, input_shape):
         """Translate the config, see :class:`BalancedROIHeads`."""
+        # Before Detectron2 builds its own predictor, which would refuse some of them its way.
+        refuse_overridden_keys(cfg, "ROI_HEADS", _REPLACED_KEYS)
         return {**super().from_config(cfg, input_shape), "sampler": _proposal_sampler(cfg)}
 
     @classmethod
@@ -239,6 +240,8 @@ class BalancedCascadeROIHeads(_BalancedSampling, CascadeROIHeads):
     @classmethod
     def from_config(cls, cfg, input_shape):
         """Translate the config, see :class:`BalancedCascadeROIHeads`."""
+        # Before Detectron2 builds its own predictor, which would refuse some of them its way.
+        refuse_overridden_keys(cfg, "ROI_HEADS", _REPLACED_KEYS)
         return {**super().from_config(cfg, input_shape), "sampler": _proposal_sampler(cfg)}
 
     def _match_and_label_boxes(self, proposals, stage, targets):

@@ -1,0 +1,424 @@
+"""Every detector trains with every loss and sampler that fits it, and refuses the others."""
+
+import contextlib
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from distributed import run_workers
+from models import DETECTORS, FASTER, FCOS, NUM_CLASSES, RETINANET, batch, config
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from balanced_det.criterion import Criterion
+from balanced_det.detectors.normalizers import foreground_normalizer
+from balanced_det.errors import InputError
+from balanced_det.losses import CLASSIFICATION_LOSSES
+from balanced_det.rows import foreground, level_rows
+from balanced_det.samplers import SAMPLERS, AllSampler
+
+PART = {name: "DENSE" if name in ("retinanet", "fcos") else "ROI_HEADS" for name in DETECTORS}
+SAMPLING_FREE = {
+    "BALANCE.DENSE.CLASSIFICATION_LOSS": "BinaryCrossEntropyLoss",
+    "BALANCE.DENSE.GUIDED_LOSS": True,
+    "BALANCE.RPN.SAMPLER": "AllSampler",
+    "BALANCE.RPN.GUIDED_LOSS": True,
+    "BALANCE.ROI_HEADS.SAMPLER": "AllSampler",
+    "BALANCE.ROI_HEADS.GUIDED_LOSS": True,
+}
+ONE_CLASS = {f"MODEL.{part}.NUM_CLASSES": 1 for part in ("RETINANET", "FCOS", "ROI_HEADS")}
+# Batches that training meets: ordinary, with an image without objects, without any object.
+BATCHES = [(2, 3), (0, 2), (0, 0)]
+
+each_detector = pytest.mark.parametrize("name", DETECTORS)
+each_loss = pytest.mark.parametrize("loss", CLASSIFICATION_LOSSES.names())
+
+
+def build(name, *choices):
+    """Return a small detector in training mode, the class frequencies of which are known."""
+    torch.manual_seed(0)
+    model = build_model(config(DETECTORS[name], *choices))
+    frequency = torch.tensor([0.9, 0.5, 0.3, 0.001, 0.0])
+    state = {k: frequency[: len(v)] for k, v in model.state_dict().items() if "frequency" in k}
+    model.load_state_dict(state, strict=False)
+    return model.train()
+
+
+def train_step(model, inputs):
+    """Return the losses of a step, with the gradients in the parameters."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    with EventStorage():
+        losses = model(inputs)
+    sum(losses.values()).backward()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def assert_trains(model, inputs):
+    losses = train_step(model, inputs)
+    assert all(loss.isfinite() and loss >= 0 for loss in losses.values()), losses
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    missing = [n for n, g in gradients.items() if g is None]
+    assert not missing
+    broken = [n for n, g in gradients.items() if not g.isfinite().all()]
+    assert not broken
+    return losses
+
+
+def of_one_class(inputs):
+    for record in inputs:
+        record["instances"].gt_classes.zero_()
+    return inputs
+
+
+def criteria(model):
+    return [module for module in model.modules() if isinstance(module, Criterion)]
+
+
+@contextlib.contextmanager
+def recorded_rows(criterion):
+    """Yield a list that is given the (R, num_logits) logits and (R,) labels of each call."""
+    calls = []
+
+    def record(module, args):
+        logits, labels = args[:2]
+        if isinstance(logits, torch.Tensor):
+            logits, labels = [logits], [labels]
+        calls.append(
+            (
+                torch.cat([x.detach().reshape(-1, x.shape[-1]) for x in logits]),
+                torch.cat([y.flatten() for y in labels]),
+            )
+        )
+
+    handle = criterion.register_forward_pre_hook(record)
+    yield calls
+    handle.remove()
+
+
+@each_loss
+@each_detector
+def test_every_classification_loss_trains(name, loss):
+    model = build(name, {f"BALANCE.{PART[name]}.CLASSIFICATION_LOSS": loss})
+    for num_objects in BATCHES:
+        assert_trains(model, batch(num_objects))
+
+
+@pytest.mark.parametrize("loss", ["BinaryCrossEntropyLoss", "FocalLoss", "GHMClassificationLoss"])
+def test_every_objectness_loss_trains(loss):
+    model = build("faster", {"BALANCE.RPN.CLASSIFICATION_LOSS": loss})
+    for num_objects in BATCHES:
+        assert_trains(model, batch(num_objects))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.names())
+@each_detector
+def test_every_sampler_trains_also_in_bfloat16(name, sampler):
+    if name == "fcos" and sampler == "IoUBalancedSampler":
+        pytest.skip("refused, see below")
+    parts = {PART[name], "RPN"}
+    model = build(name, {f"BALANCE.{part}.SAMPLER": sampler for part in parts})
+    for num_objects in BATCHES:
+        assert_trains(model, batch(num_objects))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_trains(model, batch(num_objects))
+
+
+@pytest.mark.parametrize("num_classes", [1, NUM_CLASSES])
+@each_detector
+def test_sampling_free_training_is_finite(name, num_classes):
+    model = build(name, SAMPLING_FREE, ONE_CLASS if num_classes == 1 else {})
+    for num_objects in BATCHES:
+        inputs = batch(num_objects)
+        inputs = of_one_class(inputs) if num_classes == 1 else inputs
+        assert_trains(model, inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_trains(model, inputs)
+
+
+@each_detector
+def test_one_class_is_enough_for_softmax(name):
+    keys = {f"BALANCE.{PART[name]}.CLASSIFICATION_LOSS": "CrossEntropyLoss"}
+    assert_trains(build(name, ONE_CLASS, keys), of_one_class(batch()))
+
+
+@pytest.mark.parametrize(
+    "name, sampler",
+    [("retinanet", "RandomSampler"), ("fcos", "OHEMSampler"), ("retinanet", "IoUBalancedSampler")],
+)
+def test_dense_detectors_train_on_the_sampled_rows_alone(name, sampler):
+    model = build(name, {"BALANCE.DENSE.SAMPLER": sampler})
+    model.rows_per_image, model.positive_fraction = 20, 0.1
+    with recorded_rows(model.criterion) as calls:
+        train_step(model, batch((2, 3)))
+    ((_, labels),) = calls
+    assert foreground(labels, NUM_CLASSES).sum() == 2 * 2
+    assert (labels == NUM_CLASSES).sum() == 2 * 18
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("retinanet", "DENSE"),
+        ("fcos", "DENSE"),
+        ("faster", "RPN"),
+        ("faster", "ROI_HEADS"),
+        ("cascade", "ROI_HEADS"),
+    ],
+)
+def test_ohem_keeps_the_hardest_rows_of_each_kind(name, part):
+    keys = {
+        f"BALANCE.{part}.SAMPLER": "OHEMSampler",
+        # No row is ignored but by the sampler.
+        "MODEL.RETINANET.IOU_LABELS": [0, 0, 1],
+        "MODEL.RPN.IOU_LABELS": [0, 0, 1],
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 24,
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 24,
+    }
+    model = build(name, keys)
+    owner = {"RPN": "proposal_generator", "ROI_HEADS": "roi_heads.box_predictor"}.get(part, "")
+    if name == "cascade":
+        owner += ".1"  # a later stage, whose labels are its own
+    owner = model.get_submodule(owner)
+    with torch.no_grad():  # an untrained network finds all rows equally hard
+        for parameter in owner.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    if part == "DENSE":
+        owner.rows_per_image = 24
+
+    with recorded_rows(owner.criterion) as calls:
+        train_step(model, batch((3,)))
+        if part == "ROI_HEADS":
+            owner.hard_sampler = None
+        else:
+            owner.sampler = AllSampler()
+        train_step(model, batch((3,)))
+    (logits, chosen), (_, labels) = calls
+    losses = owner.criterion.classification_loss.row_losses(logits, labels)
+    is_chosen = chosen >= 0
+    assert (chosen[is_chosen] == labels[is_chosen]).all()
+    assert 0 < is_chosen.sum() <= 24 < len(labels)
+    for kind in (
+        foreground(labels, owner.criterion.num_classes),
+        labels == owner.criterion.num_classes,
+    ):
+        left_out = losses[kind & ~is_chosen]
+        if len(left_out):
+            assert losses[kind & is_chosen].min() >= left_out.max()
+
+
+@each_loss
+def test_row_losses_are_the_plain_cross_entropies(loss):
+    frequency = {} if "Equalization" not in loss else {"class_frequency": [0.0, 0.5, 1.0]}
+    loss = CLASSIFICATION_LOSSES.get(loss)(3, **frequency)
+    logits = 4 * torch.randn(2, 6, loss.num_logits)
+    logits.requires_grad_()
+    labels = torch.tensor([[0, 1, 2, 3, -1, 3], [-1, 3, 3, 2, 1, 0]])
+    losses = loss.row_losses(logits, labels)
+    assert losses.shape == labels.shape and not losses.requires_grad
+    assert (losses[labels < 0] == 0).all()
+    x, y = logits.detach()[labels >= 0].double(), labels[labels >= 0]
+    if loss.num_logits == 3:
+        one_hot = F.one_hot(y, 4)[:, :3].double()
+        expected = F.binary_cross_entropy_with_logits(x, one_hot, reduction="none").sum(dim=1)
+    else:
+        expected = F.cross_entropy(x, y, reduction="none")
+    # Float32 rounding of sums of numbers up to about 15.
+    torch.testing.assert_close(losses[labels >= 0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+PAIRS_OF_LOSSES = {
+    "faster": [("loss_cls", "loss_box_reg", 2.0), ("loss_rpn_cls", "loss_rpn_loc", 1.0)],
+    "mask": [("loss_cls", "loss_box_reg", 2.0), ("loss_rpn_cls", "loss_rpn_loc", 1.0)],
+    "cascade": [(f"loss_cls_stage{i}", f"loss_box_reg_stage{i}", 2.0) for i in range(3)],
+    "retinanet": [("loss_cls", "loss_box_reg", 1.0)],
+    "fcos": [("loss_fcos_cls", "loss_fcos_loc", 1.0)],
+}
+
+
+@each_detector
+def test_guided_classification_loss_is_the_weighted_box_loss_times_the_factor(name):
+    weight = {f"BALANCE.{part}.BOX_WEIGHT": 0.3 for part in ("DENSE", "RPN", "ROI_HEADS")}
+    losses = train_step(build(name, SAMPLING_FREE, weight), batch())
+    for cls, box, factor in PAIRS_OF_LOSSES[name]:
+        assert losses[box] > 0
+        # Two float32 roundings, of r and of the product.
+        torch.testing.assert_close(losses[cls], factor * losses[box], rtol=1e-6, atol=0)
+
+
+@each_detector
+def test_guided_scale_multiplies_the_gradient_and_has_none_itself(name):
+    key = "BALANCE.{}.GUIDED_LOSS"
+    unguided = {key.format(part): False for part in ("DENSE", "RPN", "ROI_HEADS")}
+    gradients = []
+    for keys in ({}, unguided):
+        model = build(name, SAMPLING_FREE, keys)
+        train_step(model, batch())
+        layers = [n for n, _ in model.named_modules() if n.endswith(("cls_score", "ess_logits"))]
+        gradients.append({n: model.get_submodule(n).weight.grad for n in layers})
+        if not keys:
+            scales = [(c.monitored["guided_scale"], c.guided_factor) for c in criteria(model)]
+    assert len(layers) == len(scales)
+    # The RPN is the first of both where there is one; heads are in the order of their stages.
+    for layer, (scale, factor) in zip(layers, scales, strict=True):
+        guided, plain = (g[layer] for g in gradients)
+        # The order of additions differs, since gradients are scaled before they are summed.
+        torch.testing.assert_close(
+            guided, plain * scale * factor, rtol=1e-3, atol=1e-6 * guided.abs().max().item()
+        )
+
+
+@each_detector
+def test_losses_that_are_exactly_zero_are_guided_finitely(name):
+    no_box_loss = {f"BALANCE.{part}.BOX_WEIGHT": 0.0 for part in ("DENSE", "RPN", "ROI_HEADS")}
+    losses = assert_trains(build(name, SAMPLING_FREE, no_box_loss), batch())
+    for cls, box, _ in PAIRS_OF_LOSSES[name]:
+        assert losses[box] == 0 < losses[cls]
+
+    sigmoid = {"BALANCE.ROI_HEADS.CLASSIFICATION_LOSS": "BinaryCrossEntropyLoss"}
+    model = build(name, SAMPLING_FREE, sigmoid)
+    with torch.no_grad():
+        for layer, module in model.named_modules():
+            if layer.endswith(("cls_score", "objectness_logits")):
+                module.bias.fill_(-1000.0)  # exp(-1000) is 0: background is certain
+    losses = assert_trains(model, batch((0, 0)))
+    for cls, box, _ in PAIRS_OF_LOSSES[name]:
+        assert losses[cls] == losses[box] == 0
+
+
+@each_loss
+def test_region_head_without_any_proposal_gives_zeros_that_backpropagate(loss):
+    keys = {"BALANCE.ROI_HEADS.CLASSIFICATION_LOSS": loss}
+    predictor = build("faster", SAMPLING_FREE, keys).roi_heads.box_predictor
+    proposals = Instances((96, 128), proposal_boxes=Boxes(torch.zeros(0, 4)))
+    proposals.gt_classes = torch.zeros(0, dtype=torch.long)
+    with EventStorage():
+        losses = predictor.losses(
+            predictor(torch.zeros(0, predictor.cls_score.in_features)), [proposals]
+        )
+    sum(losses.values()).backward()
+    assert all(loss == 0 for loss in losses.values())
+    assert all((p.grad == 0).all() for p in predictor.parameters())
+
+
+def test_normalizer_counts_foreground_or_else_all_rows():
+    labels = torch.tensor([[0, 2, -1], [2, 1, 2]])
+    valid = labels >= 0
+    assert foreground_normalizer(foreground(labels, 2), valid) == 2
+    assert foreground_normalizer(torch.zeros_like(valid), valid) == 5
+    assert foreground_normalizer(torch.zeros_like(valid), torch.zeros_like(valid)) == 0
+
+
+@each_loss
+@torch.no_grad()
+def test_dense_detections_are_scored_by_the_loss(loss):
+    keys = {"BALANCE.DENSE.CLASSIFICATION_LOSS": loss, "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0}
+    model = build("retinanet", keys).eval()
+    inputs = batch((1, 1))
+    features = model.backbone(model.preprocess_image(inputs).tensor)
+    logits, _ = model.head([features[name] for name in model.head_in_features])
+    scores = [model.criterion.scores(level_rows(x, model.criterion.num_logits)) for x in logits]
+    best = torch.stack([x.flatten(1).amax(dim=1) for x in scores]).amax(dim=0)  # (N,)
+    for output, score in zip(model(inputs), best, strict=True):
+        detections = output["instances"]
+        assert len(detections) > 0
+        assert detections.pred_classes.max() < NUM_CLASSES
+        # The same float32 arithmetic on the same numbers, batched otherwise.
+        torch.testing.assert_close(detections.scores.max(), score, rtol=1e-5, atol=0)
+
+
+@each_loss
+@torch.no_grad()
+def test_regions_are_scored_by_the_loss(loss):
+    keys = {"BALANCE.ROI_HEADS.CLASSIFICATION_LOSS": loss}
+    predictor = build("faster", keys).eval().roi_heads.box_predictor
+    predictions = predictor(torch.randn(7, predictor.cls_score.in_features))
+    probabilities = torch.cat(predictor.predict_probs(predictions, [range(3), range(4)]))
+    assert probabilities.shape == (7, NUM_CLASSES + 1)
+    expected = predictor.criterion.classification_loss.scores(predictions[0])
+    torch.testing.assert_close(probabilities[:, :NUM_CLASSES], expected, rtol=0, atol=0)
+
+
+REFUSALS = {
+    "softmax on objectness": (FASTER, "RPN.CLASSIFICATION_LOSS", "CrossEntropyLoss", "softmax"),
+    "frequency on objectness": (
+        FASTER,
+        "RPN.CLASSIFICATION_LOSS",
+        "EqualizationLoss",
+        "objectness",
+    ),
+    "IoU of points": (FCOS, "DENSE.SAMPLER", "IoUBalancedSampler", "points of FCOS"),
+    "unknown loss": (RETINANET, "DENSE.CLASSIFICATION_LOSS", "FocalLos", "FocalLoss, GHMClass"),
+    "unknown box loss": (FASTER, "ROI_HEADS.BOX_LOSS", "L2", "SmoothL1Loss"),
+    "unknown sampler": (FASTER, "RPN.SAMPLER", "random", "RandomSampler"),
+    "unknown threshold": (RETINANET, "DENSE.SCORE_THRESHOLD", "adaptive", "class_adaptive"),
+    "impossible prior": (RETINANET, "DENSE.PRIOR_PROB", 1.0, "between 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("keys, key, value, names", REFUSALS.values(), ids=REFUSALS)
+def test_what_cannot_work_is_refused_in_one_sentence(keys, key, value, names):
+    with pytest.raises(InputError, match=names) as refused:
+        build_model(config(keys, {f"BALANCE.{key}": value}))
+    assert_one_sentence(refused.value)
+
+
+@pytest.mark.parametrize(
+    "keys, key, value",
+    [
+        (RETINANET, "MODEL.RETINANET.FOCAL_LOSS_GAMMA", 1.5),
+        (RETINANET, "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", 0.3),
+        (RETINANET, "MODEL.RETINANET.PRIOR_PROB", 0.1),
+        (FASTER, "MODEL.RPN.SMOOTH_L1_BETA", 0.3),
+        (FASTER, "MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou"),
+        (FASTER, "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True),
+        (FASTER, "MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True),
+    ],
+)
+def test_detectron2_keys_that_are_replaced_are_refused(keys, key, value):
+    with pytest.raises(InputError, match=f"{key}.*set BALANCE") as refused:
+        build_model(config(keys, {key: value}))
+    assert_one_sentence(refused.value)
+
+
+def assert_one_sentence(error):
+    message = str(error)
+    assert message.endswith(".") and ". " not in message and "\n" not in message
+
+
+def train_worker(rank, name):
+    """Train 10 steps on this worker's own images; return scales, foreground rows and weights."""
+    model = build(name, SAMPLING_FREE)
+    start = model.state_dict()["backbone.fpn_output3.weight"].clone()
+    replica = DistributedDataParallel(model, broadcast_buffers=False)
+    # The network is random and without normalization: a larger rate makes it diverge.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0001, momentum=0.9)
+    scales, num_foreground = [], []
+    for i in range(10):
+        # One worker's images are nearly empty, and at one step hold nothing.
+        inputs = batch([(i % 3, 0), (4, 3)][rank], seed=10 * rank + i)
+        optimizer.zero_grad()
+        with EventStorage(), recorded_rows(criteria(model)[0]) as calls:
+            losses = replica(inputs)
+        sum(losses.values()).backward()
+        optimizer.step()
+        scales.append([c.monitored["guided_scale"].item() for c in criteria(model)])
+        labels = calls[0][1]
+        num_foreground.append(foreground(labels, criteria(model)[0].num_classes).sum().item())
+    moved = model.state_dict()["backbone.fpn_output3.weight"] - start
+    return scales, num_foreground, model.state_dict(), moved.abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["retinanet", "faster"])
+def test_two_workers_share_the_guided_scale_and_end_with_equal_weights(name):
+    (scales, rows, weights, moved), (other_scales, other_rows, other_weights, _) = run_workers(
+        train_worker, name
+    )
+    assert all(a < b for a, b in zip(rows, other_rows, strict=True)) and 0 in rows
+    assert scales == other_scales
+    assert all(s != 1 for step in scales for s in step)
+    assert moved > 0
+    for key, weight in weights.items():
+        assert torch.equal(weight, other_weights[key]), key
