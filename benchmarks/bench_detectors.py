@@ -127,8 +127,10 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="part of a detector's name")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="as CUDNN_BENCHMARK does")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
     size = (8, 800, 1216) if args.device == "cuda" else (1, 192, 256)
 
     rows = []
