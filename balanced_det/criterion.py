@@ -162,4 +162,7 @@ def _configured(cfg, registry, key, name, **extra):
     """Construct the method called ``name`` with its node of ``cfg.BALANCE``."""
     method = registry.get(name, key)
     parameters = cfg.BALANCE.get(name, CfgNode())
-    return method(**extra, **{k.lower(): v for k, v in parameters.items()})
+    try:
+        return method(**extra, **{k.lower(): v for k, v in parameters.items()})
+    except InputError as error:
+        raise InputError(f"BALANCE.{name}: {error}") from None
