@@ -86,7 +86,11 @@ def test_losses_and_gradients_are_detectron2s(pair, num_objects):
         # Rounding of the losses is amplified where large gradients cancel on their way back.
         scale = expected.abs().max().item()
         torch.testing.assert_close(
-            ours_grad[name], expected, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+            ours_grad[name],
+            expected,
+            rtol=1e-4,
+            atol=1e-5 * scale,
+            msg=lambda message, name=name: f"{name}: {message}",
         )
 
 
