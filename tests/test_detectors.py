@@ -120,9 +120,9 @@ def test_every_sampler_trains_also_in_bfloat16(name, sampler):
         pytest.skip("refused, see below")
     parts = {PART[name], "RPN"}
     model = build(name, {f"BALANCE.{part}.SAMPLER": sampler for part in parts})
-    for num_objects in BATCHES:
-        assert_trains(model, batch(num_objects))
-        with torch.autocast("cpu", torch.bfloat16):
+    assert_trains(model, batch(BATCHES[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        for num_objects in BATCHES:
             assert_trains(model, batch(num_objects))
 
 

@@ -95,6 +95,8 @@ def test_dense_detectors_count_their_threshold_and_save_it(detector, kind, tmp_p
     if kind == "class_adaptive":
         boxes = dataset_statistics(records, NUM_CLASSES).instance_count
         expected = expected * boxes / boxes.sum()
+    if detector is FCOS:  # the scores of which are square roots
+        expected = expected.sqrt()
     # Float32 rounding.
     torch.testing.assert_close(
         model.test_score_thresh.expand(NUM_CLASSES), expected, rtol=1e-6, atol=0
@@ -120,11 +122,12 @@ def test_inference_keeps_what_exceeds_the_threshold_of_its_class(detector):
         [everything.scores[everything.pred_classes == k].median() for k in range(NUM_CLASSES)]
     )
     limits[1] = 1.0
-    owner.score_threshold.class_share.copy_(limits)
+    owner.score_threshold.class_share.copy_(limits**2 if detector is FCOS else limits)
     owner.score_threshold.set_row_counts(1, 1)
     kept = model(batch((0,)))[0]["instances"]
     assert set(kept.pred_classes.tolist()) == {0, 2, 3, 4}
-    assert (kept.scores > limits[kept.pred_classes]).all()
+    # FCOS takes the square root in float32, which may be less than the limit by its rounding.
+    assert (kept.scores > limits[kept.pred_classes] * (1 - 1e-6)).all()
     # The best of a class is above its median and no other box can suppress it.
     for k in (0, 2, 3, 4):
         best = everything.scores[everything.pred_classes == k].max()

@@ -15,7 +15,7 @@ from ..criterion import build_criterion, build_sampler
 from ..errors import InputError
 from ..losses.base import normalize
 from .dense import BalancedDenseDetector
-from .thresholds import build_score_threshold
+from .thresholds import CountedScoreThreshold, build_score_threshold
 
 
 @META_ARCH_REGISTRY.register()
@@ -91,6 +91,15 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
             ),
             "prior_prob": cfg.BALANCE.DENSE.PRIOR_PROB,
         }
+
+    @CountedScoreThreshold.test_score_thresh.getter
+    def test_score_thresh(self):
+        """The threshold of the final score, which is a square root, see :meth:`forward_inference`.
+
+        A counted threshold is one of probabilities, so its square root is taken as well.
+        """
+        threshold = self.score_threshold.value
+        return threshold if self.score_threshold.kind == "fixed" else threshold.sqrt()
 
     def label_anchors(self, anchors, gt_instances):
         """Label and sample; see ``FCOS.label_anchors``. Rows not sampled are ignored."""
