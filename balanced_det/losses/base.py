@@ -5,7 +5,9 @@ ignored. It owns its formula, the number of channels it needs and how channels b
 detector owns the normalizer. One method lives in one file beside this one.
 """
 
+import functools
 import math
+import operator
 
 import torch
 from torch import nn
@@ -28,6 +30,11 @@ _FLOAT16_SCALE = 2.0**12
 def upcast(tensor):
     """Return ``tensor`` as float32, or as it is where it is float64 already."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def add(terms):
+    """Return the sum of at least one tensor; Python's ``sum`` would add the first to 0 first."""
+    return functools.reduce(operator.add, terms)
 
 
 def reciprocal(normalizer):
@@ -153,7 +160,7 @@ class SigmoidLoss(ClassificationLoss):
         if any(x.dtype == torch.float16 for x, _ in levels):
             scale, remaining = _FLOAT16_SCALE, scale / _FLOAT16_SCALE
         options = dict(self.tables(levels), scale=scale, overwrite_logits=overwrite_logits)
-        total = sum(sigmoid_loss(x, y, **options) for x, y in levels)
+        total = add(sigmoid_loss(x, y, **options) for x, y in levels)
         return total if remaining is None else total * remaining
 
     @torch.no_grad()
@@ -205,7 +212,7 @@ class SoftmaxLoss(ClassificationLoss):
 
     def scaled_sum(self, levels, scale, overwrite_logits):
         """Return ``scale`` times the loss summed over rows."""
-        total = sum(self.cross_entropy(x, y).sum() for x, y in levels)
+        total = add(self.cross_entropy(x, y).sum() for x, y in levels)
         return (total * scale).to(total.dtype)
 
     @torch.no_grad()

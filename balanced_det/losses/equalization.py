@@ -59,6 +59,7 @@ class TailClasses(nn.Module):
         self.register_buffer("class_frequency", torch.full((num_classes,), torch.nan))
         # Derived from the frequencies, hence not saved.
         self.register_buffer("_mask", torch.zeros(num_classes, dtype=torch.bool), persistent=False)
+        self.register_buffer("_negative_weight", torch.ones(num_classes), persistent=False)
         self._known = False
         if class_frequency is not None:
             self.class_frequency.copy_(_checked_frequency(class_frequency, num_classes))
@@ -71,12 +72,24 @@ class TailClasses(nn.Module):
         Raises:
             InputError: while the frequencies are unknown.
         """
+        self._check_known()
+        return self._mask
+
+    def negative_weight(self):
+        """Return the (K,) float32 tensor 1 - T(f): 0 for tail classes, 1 for the others.
+
+        Raises:
+            InputError: while the frequencies are unknown.
+        """
+        self._check_known()
+        return self._negative_weight
+
+    def _check_known(self):
         if not self._known:
             raise InputError(
                 "An equalization loss needs class_frequency to train: give the fraction of "
                 "training images that hold each class, or load a checkpoint that has it."
             )
-        return self._mask
 
     @staticmethod
     def _after_load(module, incompatible_keys):
@@ -105,6 +118,7 @@ class TailClasses(nn.Module):
                 frequency.max(),
             )
         self._mask.copy_(tail)
+        self._negative_weight.copy_(~tail)
         self._known = True
 
 
@@ -149,7 +163,7 @@ class EqualizationLoss(SigmoidLoss):
 
     def tables(self, levels):
         """Return the weight of y = 0 on foreground rows; everything else keeps weight 1."""
-        return {"negative_weight": 1.0 - self.tail.mask().float()}  # (K,)
+        return {"negative_weight": self.tail.negative_weight()}  # (K,)
 
 
 @CLASSIFICATION_LOSSES.register

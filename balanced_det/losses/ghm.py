@@ -15,12 +15,13 @@ any foreground row, over all workers, gives a zero loss and leaves the statistic
 import torch
 
 from ..ops import gradient_histogram
-from .base import CLASSIFICATION_LOSSES, SigmoidLoss, SoftmaxLoss
+from .base import CLASSIFICATION_LOSSES, SigmoidLoss, SoftmaxLoss, add
 from .harmonizer import GradientDensity
 
 
-def _num_foreground(levels, num_classes):
-    return sum(((y >= 0) & (y < num_classes)).sum() for _, y in levels)
+def _row_labels(levels):
+    """Return the labels of all levels as one (R,) tensor, which takes fewer calls than a list."""
+    return torch.cat([y.flatten() for _, y in levels])
 
 
 @CLASSIFICATION_LOSSES.register
@@ -44,9 +45,13 @@ class GHMClassificationLoss(SigmoidLoss):
 
     def tables(self, levels):
         """Return the weight of each bin after taking the batch into the statistics."""
-        counts = sum(gradient_histogram(x, y, self.gradient_density.bins) for x, y in levels)
-        weights = self.gradient_density.weights(counts, _num_foreground(levels, self.num_classes))
-        return {"bin_weight": weights}  # (B,)
+        counts = add(gradient_histogram(x, y, self.gradient_density.bins) for x, y in levels)
+        labels = _row_labels(levels)
+        num_foreground = ((labels >= 0) & (labels < self.num_classes)).sum()
+        weights = self.gradient_density.weights(counts, num_foreground)
+        # In the type of the arithmetic, or every level would convert them.
+        dtype = torch.promote_types(levels[0][0].dtype, torch.float32)
+        return {"bin_weight": weights.to(dtype)}  # (B,)
 
 
 @CLASSIFICATION_LOSSES.register
@@ -71,10 +76,12 @@ class SoftmaxGHMLoss(SoftmaxLoss):
     def scaled_sum(self, levels, scale, overwrite_logits):
         """Return the harmonized sum over rows; ``scale`` is 1."""
         losses = torch.cat([self.cross_entropy(x, y) for x, y in levels])  # (R,)
-        valid = torch.cat([y.reshape(-1) for _, y in levels]) >= 0
+        labels = _row_labels(levels)
+        valid = labels >= 0
         lengths = -torch.expm1(-losses.detach())  # 1 - p_y, since a row's loss is -log p_y
         counts = self.gradient_density.histogram(lengths, valid)
-        weights = self.gradient_density.weights(counts, _num_foreground(levels, self.num_classes))
+        num_foreground = (valid & (labels < self.num_classes)).sum()
+        weights = self.gradient_density.weights(counts, num_foreground)
         row_weight = weights.to(losses.dtype)[self.gradient_density.bin_index(lengths)]
         # An ignored row's loss is 0 and has no gradient, whatever its weight.
         return (losses * row_weight).sum()

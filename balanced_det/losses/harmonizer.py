@@ -44,8 +44,7 @@ class GradientDensity(nn.Module):
     Attributes:
         counts: (B,) buffer, elements in each bin of the latest batch that had foreground, over all
             workers.
-        running_counts: (B,) buffer, S_b.
-        running_mass: (B,) buffer, 1 - momentum^t_b.
+        running: (2, B) buffer, S_b and 1 - momentum^t_b.
 
     In evaluation mode (``.eval()``) weights are what they would be in training, but nothing is
     stored and other workers are not asked.
@@ -61,8 +60,8 @@ class GradientDensity(nn.Module):
         self.momentum = momentum
         self.bias_correction = bias_correction
         # float64 holds every count exactly, and these are a few numbers.
-        for name in ("counts", "running_counts", "running_mass"):
-            self.register_buffer(name, torch.zeros(bins, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(bins, dtype=torch.float64))
+        self.register_buffer("running", torch.zeros(2, bins, dtype=torch.float64))
 
     def bin_index(self, lengths):
         """Return the bin of each gradient length, long, shaped like ``lengths``."""
@@ -94,30 +93,34 @@ class GradientDensity(nn.Module):
             (B,) float64, workers / (n density_b) where bin b is occupied, else 0. Losses with these
             weights are summed and not divided by anything.
         """
-        batch = torch.cat([counts.double(), num_foreground.double().view(1)])
+        # On a device, the launch of each of these operations takes longer than its work: they are
+        # few on purpose.
+        batch = torch.cat([counts, num_foreground.view(1)]).to(self.running.dtype)
         workers = num_workers() if self.training else 1
         if self.training:
             sum_over_workers(batch)
-        counts = batch[:-1] * (batch[-1] > 0)
+        has_foreground = batch[-1] > 0
+        counts = batch[:-1] * has_foreground
         occupied = counts > 0
-
-        def blend(running, new):
-            blended = self.momentum * running + (1 - self.momentum) * new
-            return torch.where(occupied, blended, running)
-
-        running_counts = blend(self.running_counts, counts)
-        running_mass = blend(self.running_mass, 1.0)
+        # A step of 0 leaves the bins alone that this batch does not occupy.
+        new = torch.stack([counts, occupied])  # (2, B)
+        step = new[1] * (1 - self.momentum)
         if self.training:
-            self.counts.copy_(torch.where(batch[-1] > 0, counts, self.counts))
-            self.running_counts.copy_(running_counts)
-            self.running_mass.copy_(running_mass)
-        density = self._density(running_counts, running_mass)
+            running = self.running.lerp_(new, step)
+            torch.where(has_foreground, counts, self.counts, out=self.counts)
+        else:
+            running = self.running.lerp(new, step)
+        # Empty bins may divide by zero here; their weight is replaced.
+        density = running[0] / running[1] if self.bias_correction else running[0]
         return torch.where(occupied, workers / (density * occupied.sum()), 0.0)
 
     @property
     def density(self):
         """The (B,) smoothed count of each bin that weights are made of; 0 for one never seen."""
-        return self._density(self.running_counts, self.running_mass)
+        running_counts, running_mass = self.running
+        if not self.bias_correction:
+            return running_counts
+        return torch.where(running_mass > 0, running_counts / running_mass, 0.0)
 
     @torch.no_grad()
     def gradient_totals(self):
@@ -133,8 +136,3 @@ class GradientDensity(nn.Module):
         before = gradient / self.counts.sum().clamp(min=1)
         after = torch.where(occupied, gradient / (self.density * occupied.sum()), 0.0)
         return before, after
-
-    def _density(self, running_counts, running_mass):
-        if not self.bias_correction:
-            return running_counts
-        return torch.where(running_mass > 0, running_counts / running_mass, 0.0)
