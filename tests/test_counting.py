@@ -136,13 +136,13 @@ def test_initial_loss_of_a_batch_is_least_at_its_counted_prior():
 def test_standard_error_is_the_spread_over_random_subsets():
     cfg, model, _ = build("fcos", {"INPUT.MIN_SIZE_TRAIN": (0,)})
     records = make_records(240)
-    everything = count_rows(model, model.backbone, cfg, records, len(records))
+    everything = count_rows(model, model.backbone, cfg, records, records)
     assert everything.standard_error == 0
     truth = everything.num_foreground / everything.num_rows
     errors, reported = [], []
     for seed in range(60):
         chosen = np.random.RandomState(seed).permutation(len(records))[:40]
-        counts = count_rows(model, model.backbone, cfg, [records[i] for i in chosen], len(records))
+        counts = count_rows(model, model.backbone, cfg, [records[i] for i in chosen], records)
         errors.append(counts.num_foreground / counts.num_rows / truth - 1)
         reported.append(counts.standard_error)
     spread = np.sqrt(np.mean(np.square(errors)))

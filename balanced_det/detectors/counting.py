@@ -29,7 +29,8 @@ class RowCounts:
     """Rows that a detector labels, summed over some training images.
 
     Attributes:
-        num_foreground: N_f, rows that carry an object class.
+        num_foreground: N_f, rows that carry an object class. Counted on a part of a data set, it is
+            corrected for the part's objects an image being more or fewer than the data set's.
         num_rows: N, rows that are not ignored.
         num_images: images counted.
         standard_error: of N_f / N as an estimate for the data set, relative to it; 0 when all of
@@ -55,8 +56,8 @@ def count_rows(part, backbone, cfg, dataset_dicts, population=None):
         backbone: Detectron2 ``Backbone``; only its strides are used.
         cfg: the config, for the input resizing.
         dataset_dicts: Detectron2's standard format.
-        population: the number of images that these are drawn from at random, for the standard
-            error; None for a number without bound.
+        population: the records that these are drawn from at random, of which the objects alone
+            are counted; None to estimate nothing beyond ``dataset_dicts``.
 
     Returns:
         :class:`RowCounts`.
@@ -64,7 +65,7 @@ def count_rows(part, backbone, cfg, dataset_dicts, population=None):
     strides = [backbone.output_shape()[name].stride for name in part.row_features]
     augmentations = T.AugmentationList(DatasetMapper.from_config(cfg, True)["augmentations"])
     device = next(backbone.parameters()).device
-    counts = []  # (foreground, rows) an image
+    counts = []  # (foreground, rows, objects) an image
     for record in dataset_dicts:
         instances = _resized_instances(record, augmentations).to(device)
         height, width = instances.image_size
@@ -76,10 +77,9 @@ def count_rows(part, backbone, cfg, dataset_dicts, population=None):
             for s in strides
         ]
         labels = part.label_rows(features, instances)  # (R,)
-        counts.append(
-            (foreground(labels, part.num_classes).sum().item(), (labels >= 0).sum().item())
-        )
-    return _summarize(np.asarray(counts, dtype=np.int64).reshape(-1, 2), population)
+        num_foreground = foreground(labels, part.num_classes).sum().item()
+        counts.append((num_foreground, (labels >= 0).sum().item(), len(_objects(record))))
+    return _summarize(np.asarray(counts, dtype=np.int64).reshape(-1, 3), population)
 
 
 def fit_to_training_data(model, cfg):
@@ -133,7 +133,7 @@ def _counted_once(part, backbone, cfg):
         state = np.random.get_state()  # the augmentations draw from numpy
         np.random.seed(0)
         try:
-            counts = count_rows(part, backbone, cfg, [dicts[i] for i in chosen], len(dicts))
+            counts = count_rows(part, backbone, cfg, [dicts[i] for i in chosen], dicts)
         finally:
             np.random.set_state(state)
         if counts.num_foreground == 0:
@@ -153,10 +153,13 @@ def _resized_instances(record, augmentations):
         utils.transform_instance_annotations(
             {k: a[k] for k in ("bbox", "bbox_mode", "category_id")}, transforms, size
         )
-        for a in record["annotations"]
-        if a.get("iscrowd", 0) == 0
+        for a in _objects(record)
     ]
     return utils.filter_empty_instances(utils.annotations_to_instances(annotations, size))
+
+
+def _objects(record):
+    return [a for a in record["annotations"] if a.get("iscrowd", 0) == 0]
 
 
 def _levels(size, divisor, stride):
@@ -165,12 +168,23 @@ def _levels(size, divisor, stride):
 
 
 def _summarize(counts, population):
-    num_foreground, num_rows = (int(n) for n in counts.sum(axis=0))
+    """Estimate the counts of a population; without one, sum the (M, 3) counts of M images.
+
+    Foreground rows vary between images mostly with their objects, and the objects of all images are
+    known. A ratio estimator (Cochran, Sampling Techniques, chapter 6) uses that: it is off by a
+    third as much as the sample's own sum.
+    """
+    totals = counts.sum(axis=0)
+    num_foreground, num_rows, num_objects = (int(n) for n in totals)
     error = math.inf
     if len(counts) > 1 and num_foreground:
-        # The ratio estimator's standard error under sampling without replacement (Cochran,
-        # Sampling Techniques, section 6.4).
-        residual = counts[:, 0] - num_foreground / num_rows * counts[:, 1]
-        unseen = 1 - len(counts) / (population or math.inf)
-        error = math.sqrt(unseen * len(counts) * residual.var(ddof=1)) / num_foreground
+        shares = counts / totals  # (M, 3), of each image in the sums
+        residual = shares[:, 0] - shares[:, 1]
+        unseen = 1.0
+        if population is not None:
+            residual -= shares[:, 2]
+            unseen -= len(counts) / len(population)
+            objects_an_image = sum(len(_objects(r)) for r in population) / len(population)
+            num_foreground = round(num_foreground * objects_an_image / (num_objects / len(counts)))
+        error = math.sqrt(unseen * len(counts) * residual.var(ddof=1))
     return RowCounts(num_foreground, num_rows, len(counts), error)
