@@ -22,7 +22,6 @@ setup(
         "tabulate",
         "tensorboard",
         "tqdm",
-        "setuptools<81",  # Detectron2's model_zoo imports pkg_resources
     ],
     extras_require={
         "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
