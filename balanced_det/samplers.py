@@ -12,8 +12,8 @@ indices of the foreground and of the background rows it takes:
 
 All but the last take the same number of rows: ``min(int(num_samples * positive_fraction),
 foreground rows)`` of the foreground, and what is missing to ``num_samples`` of the background, as
-far as there is any. They work on the device of their input and copy nothing to the host but how
-many rows they took.
+far as there is any. They work on the device of their input and copy nothing to the host but counts
+of rows.
 """
 
 import torch
@@ -76,7 +76,7 @@ def iou_balanced_sample(
 
     With a ``floor_threshold`` >= 0, the rows below it (at 0: those of IoU 0) are kept apart: of the
     N background rows to take, ``int(N (1 - floor_fraction))`` come from the ranges, the others at
-    random from below; if one side is short, the other fills up.
+    random from below; if one side is short, the other has the more to give.
 
     The official code differs in three points: its ranges reach to the largest IoU of any row,
     foreground too, so that the highest stay nearly empty; a share is rounded down and the
@@ -97,41 +97,29 @@ def iou_balanced_sample(
     """
     if len(labels) == 0:
         return all_sample(labels, ious, num_samples, positive_fraction, bg_label)
-    kinds = _kinds(labels, bg_label)
-    counts = _counts(kinds, num_samples, positive_fraction)
-    chance, fresh_chance = _chances(labels, generator)
-    balanced = kinds[1]
-    if floor_threshold >= 0:
-        balanced = balanced & (ious > 0 if floor_threshold == 0 else ious >= floor_threshold)
-    num_balanced = counts[1]
-    if floor_fraction > 0:
-        num_balanced = (num_balanced.double() * (1 - floor_fraction)).floor()
+    # The time is that of launching kernels, so these are few: one sort puts every row at a random
+    # place of its group. Groups: ignored rows, -1 below the floor, 0 ... num_bins - 1 the ranges,
+    # from num_bins on the foreground or its objects.
+    negative = labels == bg_label
+    groups = torch.where(
+        negative,
+        _ranges(ious.float(), negative, num_bins, floor_threshold),
+        _foreground_groups(labels, num_bins, matched_idxs if instance_balanced else None),
+    )
+    keys, order = _sort_within(groups, generator)
+    first = torch.arange(-1, num_bins + 1, dtype=keys.dtype, device=keys.device)
+    starts = torch.searchsorted(keys, first).tolist()  # the one copy to the host
+    sizes = [end - start for start, end in zip([0, *starts], [*starts, len(labels)])]
+    _, below, *ranges, positive = order.split(sizes)
 
-    offset = torch.where(balanced, ious.float() - max(floor_threshold, 0.0), -1.0)
-    width = offset.amax().clamp(min=torch.finfo(torch.float32).tiny)
-    bins = (offset / width * num_bins).floor().clamp(-1, num_bins - 1)  # -1: in no range
-    # One sort ranks both kinds: background rows in their range, foreground rows in their object.
-    groups = bins
+    num_positive = min(len(positive), int(num_samples * positive_fraction))
+    num_negative = min(sum(sizes[1:-1]), num_samples - num_positive)
+    num_ranges = int(num_negative * (1 - floor_fraction))
+    num_ranges = min(max(num_ranges, num_negative - len(below)), sum(sizes[2:-1]))
+    shares = _equal_shares(ranges, num_ranges, generator)
     if instance_balanced:
-        groups = torch.where(kinds[0], num_bins + matched_idxs, bins)
-    rank = _rank_within(groups, chance)
-
-    # The shares floor((n + b) / B), b = 0 ... B-1, add up to n (Hermite's identity), and
-    # rank >= floor((n + b) / B) is this:
-    level = (rank + 1) * num_bins - bins > num_balanced
-    # The numbers of the rows beyond a share are high, the higher the larger the drawn part of
-    # their range is, so that another draw decides which of them fill what other ranges lack.
-    if floor_fraction > 0:
-        # These come before the rows below the floor, and the rest beyond the shares after them.
-        place = _rank_within(level.long().masked_fill(~balanced, -1), fresh_chance)
-        missing = num_balanced - (balanced & ~level).sum()
-        level = torch.where(level & (place >= missing), 3, level.long())
-    if floor_threshold >= 0:
-        level = torch.where(balanced, level, 2)
-
-    positive_keys = rank + fresh_chance if instance_balanced else chance
-    keys = torch.stack((positive_keys, level + fresh_chance))
-    return _lowest(keys, kinds, counts, num_samples)
+        positive = _in_turn(keys[starts[-1] :], positive, num_positive, generator)
+    return positive[:num_positive], torch.cat([*shares, below[: num_negative - num_ranges]])
 
 
 @torch.no_grad()
@@ -150,13 +138,9 @@ def instance_balanced_positives(labels, matched_idxs, num, bg_label, *, generato
     Returns:
         LongTensor of at most ``num`` indices.
     """
-    kinds = _kinds(labels, bg_label)
-    chance, fresh_chance = _chances(labels, generator)
-    rank = _rank_within(torch.where(kinds[0], matched_idxs, -1), chance)
-    # Which objects give the last rows is drawn anew, see iou_balanced_sample.
-    keys = (rank + fresh_chance).expand(2, -1)
-    counts = (kinds[0].sum().clamp(max=num), kinds[1].sum().clamp(max=0))
-    return _lowest(keys, kinds, counts, num)[0]
+    rows, _ = all_sample(labels, None, None, None, bg_label)
+    keys, order = _sort_within(matched_idxs[rows], generator)
+    return _in_turn(keys, rows[order], num, generator)
 
 
 @torch.no_grad()
@@ -175,9 +159,13 @@ def hard_example_sample(labels, losses, num_samples, positive_fraction, bg_label
         (positive_idx, negative_idx): LongTensors, hardest first.
     """
     kinds = _kinds(labels, bg_label)
-    counts = _counts(kinds, num_samples, positive_fraction)
     losses = losses.float().nan_to_num(nan=torch.finfo(torch.float32).max)
-    return _lowest(-losses.expand(2, -1), kinds, counts, num_samples)
+    losses = losses.expand(2, -1).masked_fill(~kinds, -torch.inf)
+    rows = losses.topk(min(num_samples, len(labels))).indices  # (2, at most num_samples)
+    num_positive, num_negative = kinds.sum(dim=1).tolist()  # the one copy to the host
+    num_positive = min(num_positive, int(num_samples * positive_fraction))
+    num_negative = min(num_negative, num_samples - num_positive)
+    return rows[0, :num_positive], rows[1, :num_negative]
 
 
 class _Sampler:
@@ -318,43 +306,86 @@ def _kinds(labels, bg_label):
     return torch.stack(((labels >= 0) ^ negative, negative))
 
 
-def _counts(kinds, num_samples, positive_fraction):
-    """How many rows of each kind to take, two scalars left on the device."""
-    positive, negative = kinds.sum(dim=1)
-    positive = positive.clamp(max=int(num_samples * positive_fraction))
-    return positive, torch.minimum(negative, num_samples - positive)
-
-
 def _shuffled(indices, generator):
     order = torch.randperm(len(indices), generator=generator, device=indices.device)
     return indices[order]
 
 
-def _chances(labels, generator):
-    """Two random numbers in [0, 1) for each row, (2, R).
+def _ranges(ious, negative, num_bins, floor_threshold):
+    """(R,) floats: the range 0 ... num_bins - 1 of a background row, -1 if it is below the floor.
 
-    They are float32 numbers in float64, so that an integer is added without rounding.
+    What it says of other rows means nothing.
     """
-    shape = (2, len(labels))
-    return torch.rand(shape, generator=generator, device=labels.device).double()
+    tiny = torch.finfo(ious.dtype).tiny
+    width = (ious * negative).amax()
+    if floor_threshold >= 0:
+        floor = floor_threshold or tiny  # of a floor at 0, the rows of IoU 0 are below
+        ious, width = ious - floor, width - floor
+    # A hair more than the width, so that the row of the largest IoU is within the last range.
+    step = width.clamp(min=num_bins * tiny) * ((1 + 1e-6) / num_bins)
+    ranges = torch.div(ious, step, rounding_mode="floor")
+    return ranges.clamp_(min=-1) if floor_threshold >= 0 else ranges
 
 
-def _rank_within(groups, chance):
-    """Each row's place, from 0, among the rows of its group, by ascending ``chance``; (R,)."""
-    order = (groups + chance).argsort()
-    groups = groups[order]
-    place = torch.arange(len(groups), device=groups.device) - torch.searchsorted(groups, groups)
-    return torch.empty_like(place).scatter_(0, order, place)
+def _foreground_groups(labels, first, matched_idxs):
+    """(R,) floats: from ``first`` on for foreground rows, of each object its own if given.
+
+    Ignored rows come far below; what it says of background rows means nothing.
+    """
+    groups = torch.rsub(
+        labels.clamp(max=0.0), first, alpha=-(2.0**24)
+    )  # first + 2^24 min(label, 0)
+    return groups if matched_idxs is None else groups + matched_idxs
 
 
-def _lowest(keys, kinds, counts, num_samples):
-    """Return the rows of the lowest keys of each kind, as many as ``counts`` says.
+def _sort_within(groups, generator):
+    """Sort rows by group, at random within each.
 
     Args:
-        keys, kinds: (2, R).
-        counts: two scalars on the device, at most ``num_samples``.
+        groups: (R,) whole numbers.
+
+    Returns:
+        (keys, order): the sorted keys, each less than 1 above its group's number; the rows.
     """
-    keys = keys.masked_fill(~kinds, torch.inf)
-    rows = keys.topk(min(num_samples, keys.shape[1]), largest=False).indices
-    num_positive, num_negative = torch.stack(counts).tolist()  # the one copy to the host
-    return rows[0, :num_positive], rows[1, :num_negative]
+    # Double precision keeps the keys of a group distinct; chances below 0.5 do not round up to
+    # the next group.
+    chance = torch.empty(groups.shape, dtype=torch.double, device=groups.device)
+    return (groups + chance.uniform_(0, 0.5, generator=generator)).sort()
+
+
+def _equal_shares(groups, count, generator):
+    """Take ``count`` rows of groups, whose rows are in random order.
+
+    Args:
+        groups: list of LongTensors.
+        count: at most the rows of all groups.
+
+    Returns:
+        A list of LongTensors: the share of each group and, if any are short of theirs, what is
+        drawn from the rest of the others.
+    """
+    # floor((n + b) / B), b = 0 ... B-1, add up to n (Hermite's identity).
+    sizes = [(count + index) // len(groups) for index in range(len(groups))]
+    shares = [rows[:size] for rows, size in zip(groups, sizes)]
+    missing = count - sum(len(share) for share in shares)
+    if missing:
+        rest = torch.cat([rows[size:] for rows, size in zip(groups, sizes)])
+        shares.append(_shuffled(rest, generator)[:missing])
+    return shares
+
+
+def _in_turn(keys, rows, count, generator):
+    """Take ``count`` rows in turn from the groups of :func:`_sort_within`.
+
+    Args:
+        keys: (P,) sorted.
+        rows: (P,), in the order of ``keys``.
+        count: all if there are fewer.
+    """
+    if count >= len(rows):
+        return rows
+    turn = torch.arange(len(keys), device=keys.device) - torch.searchsorted(keys, keys.floor())
+    # Which groups give the last rows is drawn anew: a row of a late turn has a high chance, the
+    # higher the smaller its group is.
+    turn = turn + torch.rand(keys.shape, generator=generator, device=keys.device)
+    return rows[turn.topk(count, largest=False).indices]

@@ -4,6 +4,7 @@ import torch
 from detectron2.modeling.sampling import subsample_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from balanced_det.errors import InputError
 from balanced_det.samplers import (
@@ -284,6 +285,40 @@ def test_no_bins_of_a_floor_but_no_fraction_leaves_the_floor_for_last():
     ious = torch.cat((torch.zeros(50), ious))
     _, negative = iou_balanced_sample(labels, ious, 20, 0.25, BG, 3, 0.2)
     assert (negative >= 50).sum() == 15
+
+
+@pytest.mark.parametrize("floor_threshold", [0.1, 0.3, 0.7])
+def test_a_row_at_the_floor_is_in_the_ranges(floor_threshold):
+    ious = torch.tensor([floor_threshold - 0.01, floor_threshold, floor_threshold + 0.2])
+    labels = torch.full((3 * 10,), BG)
+    _, negative = iou_balanced_sample(labels, ious.repeat(10), 20, 0.5, BG, 3, floor_threshold)
+    assert sorted((negative % 3).tolist()) == [1] * 10 + [2] * 10
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations of torch that do more than view a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if not operation.is_view and "empty" not in operation.name():
+            self.names.append(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("instance_balanced", "most"), [(False, 18), (True, 27)])
+def test_balanced_sampling_launches_few_kernels(instance_balanced, most):
+    """On a GPU the time of an image is that of launching kernels and of waiting for them."""
+    labels, ious = background([300, 200, 2], 3)
+    labels[:100] = 1  # more foreground rows than wanted, and a range that is short
+    sampler = IoUBalancedSampler(instance_balanced=instance_balanced)
+    with Operations() as operations:
+        sampler(labels, ious, 64, 0.25, BG, matched_idxs=labels)
+    assert len(operations.names) <= most, operations.names
+    # Operations that wait for the device; the one other wait is for the counts of rows.
+    assert not {"aten::nonzero", "aten::_local_scalar_dense"} & set(operations.names)
 
 
 @fast
