@@ -90,6 +90,8 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
                 cfg, "DENSE", fcos.NUM_CLASSES, fcos.SCORE_THRESH_TEST
             ),
             "prior_prob": cfg.BALANCE.DENSE.PRIOR_PROB,
+            "rows_per_image": cfg.BALANCE.DENSE.ROWS_PER_IMAGE,
+            "positive_fraction": cfg.BALANCE.DENSE.POSITIVE_FRACTION,
         }
 
     @CountedScoreThreshold.test_score_thresh.getter

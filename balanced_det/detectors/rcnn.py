@@ -16,6 +16,7 @@ from detectron2.modeling.roi_heads import (
 )
 from detectron2.modeling.roi_heads.fast_rcnn import _log_classification_stats
 from torch import nn
+from torch.nn import functional as F
 
 from ..criterion import build_criterion, build_sampler, refuse_overridden_keys
 from ..rows import foreground, ignore_others
@@ -109,7 +110,11 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         if self.hard_sampler is not None:
             self._ignore_easy_rows(logits, proposals)
         labels = cat([p.gt_classes for p in proposals])  # (R,)
-        _log_classification_stats(self._probabilities(logits.detach()), labels)
+        # A row of K sigmoids says background when no class reaches one half.
+        with_background = logits.detach()
+        if self.criterion.num_logits == self.num_classes:
+            with_background = F.pad(with_background, (0, 1))
+        _log_classification_stats(with_background, labels)
 
         sources = cat([p.proposal_boxes.tensor for p in proposals])  # (R, 4)
         # An image without objects has no gt_boxes and no foreground row that would need them.
@@ -133,16 +138,9 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         return self.criterion(logits, labels, boxes, normalizer)
 
     def predict_probs(self, predictions, proposals):
-        """Return one (Ri, K + 1) tensor an image; the last column is background."""
-        return self._probabilities(predictions[0]).split([len(p) for p in proposals])
-
-    def _probabilities(self, logits):
-        scores = self.criterion.scores(logits)  # (R, K)
-        # Detectron2 drops this column; it stands for "none of the classes" in the statistics.
-        background = 1 - scores.amax(dim=1, keepdim=True)
-        if self.criterion.num_logits > self.num_classes:
-            background = 1 - scores.sum(dim=1, keepdim=True)
-        return torch.cat([scores, background], dim=1)
+        """Return one (Ri, K + 1) tensor an image, of which Detectron2 drops the last column."""
+        scores = F.pad(self.criterion.scores(predictions[0]), (0, 1))
+        return scores.split([len(p) for p in proposals])
 
     @torch.no_grad()
     def _ignore_easy_rows(self, logits, proposals):

@@ -76,6 +76,8 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
                 cfg, "DENSE", ret["num_classes"], ret["test_score_thresh"]
             ),
             prior_prob=cfg.BALANCE.DENSE.PRIOR_PROB,
+            rows_per_image=cfg.BALANCE.DENSE.ROWS_PER_IMAGE,
+            positive_fraction=cfg.BALANCE.DENSE.POSITIVE_FRACTION,
         )
         return ret
 
