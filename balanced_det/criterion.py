@@ -5,6 +5,7 @@ This is also where a config file becomes objects: :func:`build_criterion` and
 """
 
 import inspect
+import logging
 
 from detectron2.config import CfgNode
 from torch import nn
@@ -13,6 +14,8 @@ from .data.registration import training_statistics
 from .errors import InputError
 from .losses import BOX_LOSSES, CLASSIFICATION_LOSSES, guided_scale
 from .samplers import SAMPLERS
+
+logger = logging.getLogger(__name__)
 
 
 class Criterion(nn.Module):
@@ -155,6 +158,17 @@ def _build_classification_loss(cfg, part, num_classes):
     loss = _configured(cfg, CLASSIFICATION_LOSSES, key, name, **extra)
     if part == "RPN" and loss.num_logits != 1:
         raise InputError(f"{key}: '{name}' is a softmax loss; RPN predicts one logit an anchor.")
+    sampler = cfg.BALANCE[part].SAMPLER
+    if part == "ROI_HEADS" and hasattr(loss, "gradient_density") and sampler != "AllSampler":
+        # https://github.com/libuyu/GHM_Detection/issues/15
+        logger.warning(
+            "%s: '%s' is known not to work on the sampled rows of a region head, say its authors: "
+            "%s has already removed the imbalance that it harmonizes. Use it in BALANCE.RPN or "
+            "BALANCE.DENSE, or set BALANCE.ROI_HEADS.SAMPLER to 'AllSampler'.",
+            key,
+            name,
+            sampler,
+        )
     return loss
 
 

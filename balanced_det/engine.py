@@ -9,6 +9,7 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
+from detectron2.utils import comm
 from tabulate import tabulate
 
 from .config import add_balanced_det_config
@@ -17,6 +18,7 @@ from .data.registration import check_num_classes, register_datasets, training_st
 from .detectors.counting import fit_to_training_data
 from .errors import InputError
 from .evaluation import build_evaluator
+from .gradient_figure import PlotGradients
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,35 @@ class Trainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", None)
 
     @classmethod
+    def build_optimizer(cls, cfg, model):
+        """Build Detectron2's optimizer, with one more ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE``.
+
+        Detectron2's "norm" clips the gradient of each parameter for itself; "full_model" clips the
+        norm of all of them together, as most published schedules mean it. With mixed precision
+        that is the norm of the unscaled gradients, since the scaler divides before the step.
+        """
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        if not clip.ENABLED or clip.CLIP_TYPE in ("value", "norm"):
+            return super().build_optimizer(cfg, model)
+        if clip.CLIP_TYPE != "full_model":
+            raise InputError(
+                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE: '{clip.CLIP_TYPE}' is unknown; "
+                "known are: full_model, norm, value."
+            )
+        max_norm, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer = super().build_optimizer(cfg, model)
+
+        def clip_gradients(optimizer, args, kwargs):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+        optimizer.register_step_pre_hook(clip_gradients)
+        return optimizer
+
+    @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
         """Return a data set's evaluator, see :func:`balanced_det.evaluation.build_evaluator`."""
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
@@ -73,12 +104,18 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_folder, train_statistics=statistics)
 
     def build_hooks(self):
-        """Return Detectron2's hooks and this project's own, those defined below."""
+        """Return Detectron2's hooks and this project's own."""
         ret = super().build_hooks()
         if self.cfg.BALANCE.TRAIN_ONLY:
             ret.insert(0, KeepFrozenStatistics())
         writers = [hook for hook in ret if isinstance(hook, hooks.PeriodicWriter)]
-        ret.insert(ret.index(writers[0]) if writers else len(ret), LogMonitored())
+        own = [LogMonitored()]
+        period = self.cfg.BALANCE.GRADIENT_FIGURE_PERIOD
+        if period and comm.is_main_process():
+            own.append(PlotGradients(period, self.cfg.OUTPUT_DIR))
+        # Before the writers, which then find what was logged.
+        position = ret.index(writers[0]) if writers else len(ret)
+        ret[position:position] = own
         return ret
 
 
@@ -202,11 +239,15 @@ def check_run(cfg, eval_only=False, resume=False):
     if not eval_only:
         training_statistics(cfg)
         check_model_classes(cfg, cfg.DATASETS.TRAIN)
+        if cfg.BALANCE.GRADIENT_FIGURE_PERIOD:
+            PlotGradients(cfg.BALANCE.GRADIENT_FIGURE_PERIOD, cfg.OUTPUT_DIR)  # for its checks
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     try:
-        Trainer.build_model(cfg)
+        model = Trainer.build_model(cfg)
+        if not eval_only:
+            Trainer.build_optimizer(cfg, model)
     except KeyError as error:
         # Detectron2's registries; any other KeyError is a bug to be seen.
         if "registry" not in str(error):
