@@ -4,29 +4,42 @@ import torch
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from ..criterion import build_criterion, build_sampler
 from ..losses.workers import num_workers, sum_over_workers
 from ..rows import foreground, ignore_others, level_rows, split_levels
 from ..samplers import AllSampler
-from .thresholds import CountedScoreThreshold
+from .thresholds import CountedScoreThreshold, build_score_threshold
 
 
 class BalancedDenseDetector(CountedScoreThreshold):
-    """Losses and scores from a criterion, for Detectron2's dense detectors to inherit first.
+    """Losses, sampling and scores of ``BALANCE.DENSE``, to inherit before Detectron2's detector.
 
-    The class that inherits it calls :meth:`_init_balance` in its constructor.
+    Args:
+        criterion: the :class:`~balanced_det.criterion.Criterion`.
+        sampler: which rows take part, see :mod:`balanced_det.samplers`.
+        score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
+        prior_prob: the probability that every class starts with.
+        rows_per_image, positive_fraction: how many rows a sampler other than "all" takes.
+        kwargs: Detectron2's own arguments.
+
+    Attributes:
+        initial_normalizer: foreground rows of a batch while none was seen, as Detectron2 has it.
     """
 
-    def _init_balance(
+    initial_normalizer = None
+
+    def __init__(
         self,
+        *,
         criterion,
         sampler,
-        *,
         score_threshold,
-        prior_prob,
-        initial_normalizer,
-        rows_per_image,
-        positive_fraction,
+        prior_prob=0.01,
+        rows_per_image=512,
+        positive_fraction=0.25,
+        **kwargs,
     ):
+        super().__init__(**kwargs)
         self.criterion = criterion
         self.sampler = sampler
         self.score_threshold = score_threshold
@@ -35,7 +48,7 @@ class BalancedDenseDetector(CountedScoreThreshold):
         self.set_prior(prior_prob)
         # Foreground rows of a worker's batch, a moving average as Detectron2 has it. A buffer, so
         # that it is saved with the model and no step waits for the device to know it.
-        self.register_buffer("loss_normalizer", torch.tensor(float(initial_normalizer)))
+        self.register_buffer("loss_normalizer", torch.tensor(float(self.initial_normalizer)))
 
     def set_prior(self, prior_prob):
         """Start every class at the given probability: set the bias of the last layer."""
@@ -125,6 +138,25 @@ class BalancedDenseDetector(CountedScoreThreshold):
         ]
         images = zip(gt_labels, torch.cat(losses, dim=1), strict=True)
         return torch.stack([self._kept(y, losses=losses_of_image) for y, losses_of_image in images])
+
+
+def balance_arguments(cfg, num_classes, fixed_threshold):
+    """Translate ``cfg.BALANCE.DENSE`` into the arguments of :class:`BalancedDenseDetector`.
+
+    Args:
+        cfg: the whole config.
+        num_classes: K.
+        fixed_threshold: Detectron2's own score threshold.
+    """
+    keys = cfg.BALANCE.DENSE
+    return {
+        "criterion": build_criterion(cfg, "DENSE", num_classes),
+        "sampler": build_sampler(cfg, "DENSE"),
+        "score_threshold": build_score_threshold(cfg, "DENSE", num_classes, fixed_threshold),
+        "prior_prob": keys.PRIOR_PROB,
+        "rows_per_image": keys.ROWS_PER_IMAGE,
+        "positive_fraction": keys.POSITIVE_FRACTION,
+    }
 
 
 def resize_classifier(head, num_anchors_times_logits):

@@ -11,11 +11,10 @@ from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes
 from torch.nn import functional as F
 
-from ..criterion import build_criterion, build_sampler
 from ..errors import InputError
 from ..losses.base import normalize
-from .dense import BalancedDenseDetector
-from .thresholds import CountedScoreThreshold, build_score_threshold
+from .dense import BalancedDenseDetector, balance_arguments
+from .thresholds import CountedScoreThreshold
 
 
 @META_ARCH_REGISTRY.register()
@@ -23,36 +22,14 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
     """Detectron2's ``FCOS``, with its losses and sampler taken from ``BALANCE.DENSE``.
 
     Args:
-        criterion: the :class:`~balanced_det.criterion.Criterion`.
-        sampler: which points take part, see :mod:`balanced_det.samplers`.
-        score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
-        prior_prob: the probability that every class starts with.
-        rows_per_image, positive_fraction: how many rows a sampler other than "all" takes.
-        kwargs: Detectron2's own arguments.
+        kwargs: the arguments of :class:`BalancedDenseDetector`, and Detectron2's own.
     """
 
+    initial_normalizer = 300
+
     @configurable
-    def __init__(
-        self,
-        *,
-        criterion,
-        sampler,
-        score_threshold,
-        prior_prob=0.01,
-        rows_per_image=512,
-        positive_fraction=0.25,
-        **kwargs,
-    ):
+    def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self._init_balance(
-            criterion,
-            sampler,
-            score_threshold=score_threshold,
-            prior_prob=prior_prob,
-            initial_normalizer=300,  # as Detectron2's FCOS
-            rows_per_image=rows_per_image,
-            positive_fraction=positive_fraction,
-        )
 
     @classmethod
     def from_config(cls, cfg):
@@ -60,9 +37,8 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
         fcos = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
         shapes = [backbone.output_shape()[name] for name in fcos.IN_FEATURES]
-        criterion = build_criterion(cfg, "DENSE", fcos.NUM_CLASSES)
-        sampler = build_sampler(cfg, "DENSE")
-        if sampler.needs_ious:
+        balance = balance_arguments(cfg, fcos.NUM_CLASSES, fcos.SCORE_THRESH_TEST)
+        if balance["sampler"].needs_ious:
             raise InputError(
                 f"BALANCE.DENSE.SAMPLER: '{cfg.BALANCE.DENSE.SAMPLER}' chooses by IoU, "
                 "which the points of FCOS do not have."
@@ -72,7 +48,7 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
             "head": FCOSHead(
                 input_shape=shapes,
                 conv_dims=[shapes[0].channels] * fcos.NUM_CONVS,
-                num_classes=criterion.num_logits,
+                num_classes=balance["criterion"].num_logits,
                 norm=fcos.NORM,
             ),
             "head_in_features": fcos.IN_FEATURES,
@@ -84,14 +60,7 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "criterion": criterion,
-            "sampler": sampler,
-            "score_threshold": build_score_threshold(
-                cfg, "DENSE", fcos.NUM_CLASSES, fcos.SCORE_THRESH_TEST
-            ),
-            "prior_prob": cfg.BALANCE.DENSE.PRIOR_PROB,
-            "rows_per_image": cfg.BALANCE.DENSE.ROWS_PER_IMAGE,
-            "positive_fraction": cfg.BALANCE.DENSE.POSITIVE_FRACTION,
+            **balance,
         }
 
     @CountedScoreThreshold.test_score_thresh.getter

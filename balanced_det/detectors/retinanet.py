@@ -9,10 +9,9 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes
 
-from ..criterion import build_criterion, build_sampler, refuse_overridden_keys
-from .dense import BalancedDenseDetector, resize_classifier
+from ..criterion import refuse_overridden_keys
+from .dense import BalancedDenseDetector, balance_arguments, resize_classifier
 from .matching import IoUKeepingMatcher
-from .thresholds import build_score_threshold
 
 _REPLACED_KEYS = {
     "MODEL.RETINANET.FOCAL_LOSS_ALPHA": (0.25, "BALANCE.FocalLoss.ALPHA"),
@@ -28,57 +27,24 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
     """Detectron2's ``RetinaNet``, with its losses and sampler taken from ``BALANCE.DENSE``.
 
     Args:
-        criterion: the :class:`~balanced_det.criterion.Criterion`.
-        sampler: which anchors take part, see :mod:`balanced_det.samplers`.
-        score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
-        prior_prob: the probability that every class starts with.
-        rows_per_image, positive_fraction: how many rows a sampler other than "all" takes.
-        kwargs: Detectron2's own arguments.
+        anchor_matcher: Detectron2's ``Matcher``.
+        kwargs: the arguments of :class:`BalancedDenseDetector`, and Detectron2's own.
     """
 
+    initial_normalizer = 100
+
     @configurable
-    def __init__(
-        self,
-        *,
-        criterion,
-        sampler,
-        score_threshold,
-        prior_prob=0.01,
-        rows_per_image=512,
-        positive_fraction=0.25,
-        anchor_matcher,
-        **kwargs,
-    ):
+    def __init__(self, *, anchor_matcher, **kwargs):
         super().__init__(anchor_matcher=IoUKeepingMatcher(anchor_matcher), **kwargs)
-        self._init_balance(
-            criterion,
-            sampler,
-            score_threshold=score_threshold,
-            prior_prob=prior_prob,
-            initial_normalizer=100,  # as Detectron2's RetinaNet
-            rows_per_image=rows_per_image,
-            positive_fraction=positive_fraction,
-        )
 
     @classmethod
     def from_config(cls, cfg):
         """Translate the config, see :class:`BalancedRetinaNet`."""
         refuse_overridden_keys(cfg, "DENSE", _REPLACED_KEYS)
         ret = super().from_config(cfg)
-        criterion = build_criterion(cfg, "DENSE", ret["num_classes"])
-        resize_classifier(
-            ret["head"], ret["anchor_generator"].num_anchors[0] * criterion.num_logits
-        )
-        ret.update(
-            criterion=criterion,
-            sampler=build_sampler(cfg, "DENSE"),
-            score_threshold=build_score_threshold(
-                cfg, "DENSE", ret["num_classes"], ret["test_score_thresh"]
-            ),
-            prior_prob=cfg.BALANCE.DENSE.PRIOR_PROB,
-            rows_per_image=cfg.BALANCE.DENSE.ROWS_PER_IMAGE,
-            positive_fraction=cfg.BALANCE.DENSE.POSITIVE_FRACTION,
-        )
+        ret.update(balance_arguments(cfg, ret["num_classes"], ret["test_score_thresh"]))
+        num_anchors = ret["anchor_generator"].num_anchors[0]
+        resize_classifier(ret["head"], num_anchors * ret["criterion"].num_logits)
         return ret
 
     def label_anchors(self, anchors, gt_instances):
