@@ -92,15 +92,18 @@ class BalancedRPN(RPN):
     def _subsample_labels(self, label):
         if self.sampler.needs_losses:  # chosen in losses(), when the losses are known
             return label
-        kept = self.sampler(
+        return self._kept(
             label,
             self.anchor_matcher.ious[-1].to(label.device),
-            self.batch_size_per_image,
-            self.positive_fraction,
-            0,
             matched_idxs=self.anchor_matcher.matched_idxs[-1].to(label.device),
         )
-        return ignore_others(label, torch.cat(kept))
+
+    def _kept(self, labels, ious=None, **options):
+        """Return a copy of one image's labels (R,) in which the rows not sampled are ignored."""
+        kept = self.sampler(
+            labels, ious, self.batch_size_per_image, self.positive_fraction, 0, **options
+        )
+        return ignore_others(labels, torch.cat(kept))
 
     def label_and_sample_anchors(self, anchors, gt_instances):
         """Label and sample, as Detectron2 does; see ``RPN.label_and_sample_anchors``."""
@@ -144,21 +147,5 @@ class BalancedRPN(RPN):
         losses = self.criterion.classification_loss.row_losses(
             logits.unsqueeze(-1), objectness_labels(labels)
         )
-        return torch.stack(
-            [
-                ignore_others(
-                    labels_of_image,
-                    torch.cat(
-                        self.sampler(
-                            labels_of_image,
-                            None,
-                            self.batch_size_per_image,
-                            self.positive_fraction,
-                            0,
-                            losses=losses_of_image,
-                        )
-                    ),
-                )
-                for labels_of_image, losses_of_image in zip(labels, losses, strict=True)
-            ]
-        )
+        images = zip(labels, losses, strict=True)
+        return torch.stack([self._kept(y, losses=losses_of_image) for y, losses_of_image in images])
