@@ -36,6 +36,7 @@ lint: $(READY)
 bench: $(READY)
 	$(PY) benchmarks/bench_losses.py
 	$(PY) benchmarks/bench_samplers.py
+	$(PY) benchmarks/bench_detectors.py --steps 3
 
 clean:
 	rm -rf $(VENV) output datasets/shapes
