@@ -112,14 +112,25 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
         classification_weight, box_weight: weights of Detectron2's own keys, multiplied with ours.
     """
     node = cfg.BALANCE[part]
+    classification_loss = _build_classification_loss(cfg, part, num_classes)
+    try:
+        classification_loss.initial_bias(initial_prior(cfg, part))
+    except InputError as error:
+        raise InputError(f"BALANCE.{part}.PRIOR_PROB: {error}") from None
     return Criterion(
-        _build_classification_loss(cfg, part, num_classes),
+        classification_loss,
         _configured(cfg, BOX_LOSSES, f"BALANCE.{part}.BOX_LOSS", node.BOX_LOSS),
         classification_weight=node.CLASSIFICATION_WEIGHT * classification_weight,
         box_weight=node.BOX_WEIGHT * box_weight,
         guided=node.GUIDED_LOSS,
         guided_factor=node.GUIDED_FACTOR,
     )
+
+
+def initial_prior(cfg, part):
+    """Return the prior probability of one part of a detector; None leaves its bias at zero."""
+    prior = cfg.BALANCE[part].PRIOR_PROB
+    return None if part == "ROI_HEADS" and prior == 0 else prior
 
 
 def build_sampler(cfg, part):

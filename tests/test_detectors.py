@@ -374,7 +374,10 @@ REFUSALS = {
     "unknown box loss": (FASTER, "ROI_HEADS.BOX_LOSS", "L2", "SmoothL1Loss"),
     "unknown sampler": (FASTER, "RPN.SAMPLER", "random", "RandomSampler"),
     "unknown threshold": (RETINANET, "DENSE.SCORE_THRESHOLD", "adaptive", "class_adaptive"),
-    "impossible prior": (RETINANET, "DENSE.PRIOR_PROB", 1.0, "between 0 and 1"),
+    "impossible prior": (RETINANET, "DENSE.PRIOR_PROB", 1.0, "DENSE.PRIOR_PROB.*between 0 and 1"),
+    "prior of no use": (RETINANET, "DENSE.PRIOR_PROB", 0.0, "DENSE.PRIOR_PROB.*between 0 and 1"),
+    "prior of objectness": (FASTER, "RPN.PRIOR_PROB", 2.0, "RPN.PRIOR_PROB.*between 0 and 1"),
+    "prior beyond 1 / K": (FASTER, "ROI_HEADS.PRIOR_PROB", 0.5, "ROI_HEADS.PRIOR_PROB.*and 0.2"),
 }
 
 

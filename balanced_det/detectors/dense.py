@@ -4,7 +4,7 @@ import torch
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..criterion import build_criterion, build_sampler
+from ..criterion import build_criterion, build_sampler, initial_prior
 from ..losses.workers import num_workers, sum_over_workers
 from ..rows import foreground, ignore_others, level_rows, split_levels
 from ..samplers import AllSampler
@@ -153,7 +153,7 @@ def balance_arguments(cfg, num_classes, fixed_threshold):
         "criterion": build_criterion(cfg, "DENSE", num_classes),
         "sampler": build_sampler(cfg, "DENSE"),
         "score_threshold": build_score_threshold(cfg, "DENSE", num_classes, fixed_threshold),
-        "prior_prob": keys.PRIOR_PROB,
+        "prior_prob": initial_prior(cfg, "DENSE"),
         "rows_per_image": keys.ROWS_PER_IMAGE,
         "positive_fraction": keys.POSITIVE_FRACTION,
     }

@@ -18,7 +18,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import _log_classification_stats
 from torch import nn
 from torch.nn import functional as F
 
-from ..criterion import build_criterion, build_sampler, refuse_overridden_keys
+from ..criterion import build_criterion, build_sampler, initial_prior, refuse_overridden_keys
 from ..rows import foreground, ignore_others
 from ..samplers import AllSampler
 from .matching import IoUKeepingMatcher
@@ -90,7 +90,7 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
             score_threshold=build_score_threshold(
                 cfg, "ROI_HEADS", ret["num_classes"], ret["test_score_thresh"]
             ),
-            prior_prob=cfg.BALANCE.ROI_HEADS.PRIOR_PROB or None,
+            prior_prob=initial_prior(cfg, "ROI_HEADS"),
             all_rows=isinstance(sampler, AllSampler),
             hard_sampler=sampler if sampler.needs_losses else None,
             batch_size_per_image=cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE,
