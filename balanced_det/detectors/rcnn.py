@@ -122,7 +122,8 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
             [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
         )
         is_foreground = foreground(labels, self.num_classes)
-        self.score_threshold.observe(is_foreground, labels >= 0)
+        takes_part = labels >= 0
+        self.score_threshold.observe(is_foreground, takes_part)
         rows = is_foreground.nonzero().squeeze(1)  # (F,)
         if deltas.shape[1] != 4:
             deltas = deltas.unflatten(1, (-1, 4))[rows, labels[rows]]
@@ -131,7 +132,6 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         boxes = self.criterion.box_pairs(
             self.box2box_transform, sources[rows], deltas, targets[rows]
         )
-        takes_part = labels >= 0
         normalizer = takes_part.sum()  # on the device: no step waits for it
         if self.all_rows:
             normalizer = foreground_normalizer(is_foreground, takes_part)

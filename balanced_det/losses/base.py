@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..ops import sigmoid_loss
 from ..priors import prior_bias
 from ..registry import Registry
+from ..rows import foreground
 
 CLASSIFICATION_LOSSES = Registry("classification loss")
 BOX_LOSSES = Registry("box loss")
@@ -169,7 +170,7 @@ class SigmoidLoss(ClassificationLoss):
         # -log(1 - p) for every class; for the true class -log(p), which is smaller by the logit.
         x = upcast(logits)
         true_class = labels.clamp(0, self.num_classes - 1).long().unsqueeze(-1)
-        is_foreground = (labels >= 0) & (labels < self.num_classes)
+        is_foreground = foreground(labels, self.num_classes)
         losses = F.softplus(x).sum(dim=-1)
         losses = losses - x.gather(-1, true_class).squeeze(-1).where(is_foreground, 0.0)
         return losses.where(labels >= 0, 0.0)

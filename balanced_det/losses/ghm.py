@@ -15,6 +15,7 @@ any foreground row, over all workers, gives a zero loss and leaves the statistic
 import torch
 
 from ..ops import gradient_histogram
+from ..rows import foreground
 from .base import CLASSIFICATION_LOSSES, SigmoidLoss, SoftmaxLoss, add
 from .harmonizer import GradientDensity
 
@@ -46,8 +47,7 @@ class GHMClassificationLoss(SigmoidLoss):
     def tables(self, levels):
         """Return the weight of each bin after taking the batch into the statistics."""
         counts = add(gradient_histogram(x, y, self.gradient_density.bins) for x, y in levels)
-        labels = _row_labels(levels)
-        num_foreground = ((labels >= 0) & (labels < self.num_classes)).sum()
+        num_foreground = foreground(_row_labels(levels), self.num_classes).sum()
         weights = self.gradient_density.weights(counts, num_foreground)
         # In the type of the arithmetic, or every level would convert them.
         dtype = torch.promote_types(levels[0][0].dtype, torch.float32)
@@ -77,10 +77,9 @@ class SoftmaxGHMLoss(SoftmaxLoss):
         """Return the harmonized sum over rows; ``scale`` is 1."""
         losses = torch.cat([self.cross_entropy(x, y) for x, y in levels])  # (R,)
         labels = _row_labels(levels)
-        valid = labels >= 0
         lengths = -torch.expm1(-losses.detach())  # 1 - p_y, since a row's loss is -log p_y
-        counts = self.gradient_density.histogram(lengths, valid)
-        num_foreground = (valid & (labels < self.num_classes)).sum()
+        counts = self.gradient_density.histogram(lengths, labels >= 0)
+        num_foreground = foreground(labels, self.num_classes).sum()
         weights = self.gradient_density.weights(counts, num_foreground)
         row_weight = weights.to(losses.dtype)[self.gradient_density.bin_index(lengths)]
         # An ignored row's loss is 0 and has no gradient, whatever its weight.
