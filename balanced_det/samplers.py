@@ -16,6 +16,8 @@ far as there is any. They work on the device of their input and copy nothing to 
 of rows.
 """
 
+import functools
+
 import torch
 
 from .errors import InputError
@@ -72,7 +74,8 @@ def iou_balanced_sample(
 
     The ranges, of equal width, reach from ``max(floor_threshold, 0)`` to the largest IoU of a
     background row. The shares differ by one row at most, the ranges of higher IoU having the
-    larger; what a range is short of is filled at random from the rest (section 3.1).
+    larger; what a range is short of comes from the rest (section 3.1), from each range in
+    proportion to what it has left, as a random draw gives it on average.
 
     With a ``floor_threshold`` >= 0, the rows below it (at 0: those of IoU 0) are kept apart: of the
     N background rows to take, ``int(N (1 - floor_fraction))`` come from the ranges, the others at
@@ -98,27 +101,29 @@ def iou_balanced_sample(
     if len(labels) == 0:
         return all_sample(labels, ious, num_samples, positive_fraction, bg_label)
     # The time is that of launching kernels, so these are few: one sort puts every row at a random
-    # place of its group. Groups: ignored rows, -1 below the floor, 0 ... num_bins - 1 the ranges,
-    # from num_bins on the foreground or its objects.
+    # place of its group. Groups: 0 the foreground (or an object each: 0, -1, ...), 1 background
+    # below the floor, then the ranges, and at last the ignored rows.
+    base, slope, firsts = _range_bounds(num_bins, floor_threshold, labels.device)
     negative = labels == bg_label
-    groups = torch.where(
-        negative,
-        _ranges(ious.float(), negative, num_bins, floor_threshold),
-        _foreground_groups(labels, num_bins, matched_idxs if instance_balanced else None),
-    )
+    largest = (ious * negative).amax()
+    if floor_threshold >= 0:
+        largest = largest.clamp(min=floor_threshold)
+    places = torch.where(negative, ious.float(), torch.rsub(labels, -2.0, alpha=4))
+    groups = torch.bucketize(places, torch.addcmul(base, slope, largest), right=True)
+    if instance_balanced:
+        groups = torch.where(groups == 0, -matched_idxs, groups)
     keys, order = _sort_within(groups, generator)
-    first = torch.arange(-1, num_bins + 1, dtype=keys.dtype, device=keys.device)
-    starts = torch.searchsorted(keys, first).tolist()  # the one copy to the host
+    starts = torch.searchsorted(keys, firsts).tolist()  # the one copy to the host
     sizes = [end - start for start, end in zip([0, *starts], [*starts, len(labels)])]
-    _, below, *ranges, positive = order.split(sizes)
+    positive, below, *ranges, _ = order.split(sizes)
 
     num_positive = min(len(positive), int(num_samples * positive_fraction))
     num_negative = min(sum(sizes[1:-1]), num_samples - num_positive)
     num_ranges = int(num_negative * (1 - floor_fraction))
     num_ranges = min(max(num_ranges, num_negative - len(below)), sum(sizes[2:-1]))
-    shares = _equal_shares(ranges, num_ranges, generator)
+    shares = [rows[:share] for rows, share in zip(ranges, _shares(sizes[2:-1], num_ranges))]
     if instance_balanced:
-        positive = _in_turn(keys[starts[-1] :], positive, num_positive, generator)
+        positive = _in_turn(keys[: len(positive)], positive, num_positive, generator)
     return positive[:num_positive], torch.cat([*shares, below[: num_negative - num_ranges]])
 
 
@@ -311,66 +316,56 @@ def _shuffled(indices, generator):
     return indices[order]
 
 
-def _ranges(ious, negative, num_bins, floor_threshold):
-    """(R,) floats: the range 0 ... num_bins - 1 of a background row, -1 if it is below the floor.
+@functools.cache
+def _range_bounds(num_bins, floor_threshold, device):
+    """What :func:`iou_balanced_sample` compares with; kept, as a copy to a device takes long.
 
-    What it says of other rows means nothing.
+    A row's place is its IoU if it is background, -2 or less if it is foreground, 2 or more if it is
+    ignored. Group g has the places from ``bounds[g - 1]`` up to ``bounds[g]``.
+
+    Returns:
+        (base, slope, firsts): the bounds are ``base + slope * (the largest background IoU)``; the
+        keys of :func:`_sort_within` of group g are from ``firsts[g - 1]`` up to ``firsts[g]``.
     """
-    tiny = torch.finfo(ious.dtype).tiny
-    width = (ious * negative).amax()
-    if floor_threshold >= 0:
-        floor = floor_threshold or tiny  # of a floor at 0, the rows of IoU 0 are below
-        ious, width = ious - floor, width - floor
-    # A hair more than the width, so that the row of the largest IoU is within the last range.
-    step = width.clamp(min=num_bins * tiny) * ((1 + 1e-6) / num_bins)
-    ranges = torch.div(ious, step, rounding_mode="floor")
-    return ranges.clamp_(min=-1) if floor_threshold >= 0 else ranges
-
-
-def _foreground_groups(labels, first, matched_idxs):
-    """(R,) floats: from ``first`` on for foreground rows, of each object its own if given.
-
-    Ignored rows come far below; what it says of background rows means nothing.
-    """
-    groups = torch.rsub(
-        labels.clamp(max=0.0), first, alpha=-(2.0**24)
-    )  # first + 2^24 min(label, 0)
-    return groups if matched_idxs is None else groups + matched_idxs
+    # No IoU is below 0. Of a floor at 0, the rows of IoU 0 are below.
+    floor = max(floor_threshold, 1e-30) if floor_threshold >= 0 else 0.0
+    parts = [index / num_bins for index in range(num_bins)]
+    base = [-1.0, *(floor * (1 - part) for part in parts), 1.5]
+    slope = [0.0, *parts, 0.0]
+    firsts = [float(group) for group in range(1, num_bins + 3)]
+    return tuple(torch.tensor(values, device=device) for values in (base, slope, firsts))
 
 
 def _sort_within(groups, generator):
     """Sort rows by group, at random within each.
 
     Args:
-        groups: (R,) whole numbers.
+        groups: (R,) integers.
 
     Returns:
         (keys, order): the sorted keys, each less than 1 above its group's number; the rows.
     """
-    # Double precision keeps the keys of a group distinct; chances below 0.5 do not round up to
-    # the next group.
-    chance = torch.empty(groups.shape, dtype=torch.double, device=groups.device)
+    # Chances below one half do not round up to the next group. The few that are equal in single
+    # precision stay in the order of their rows.
+    chance = torch.empty(groups.shape, device=groups.device)
     return (groups + chance.uniform_(0, 0.5, generator=generator)).sort()
 
 
-def _equal_shares(groups, count, generator):
-    """Take ``count`` rows of groups, whose rows are in random order.
+def _shares(sizes, count):
+    """Return how many of ``count`` rows come from each group: an equal share, and from the rest.
 
     Args:
-        groups: list of LongTensors.
-        count: at most the rows of all groups.
-
-    Returns:
-        A list of LongTensors: the share of each group and, if any are short of theirs, what is
-        drawn from the rest of the others.
+        sizes: the rows that each group has; ``count`` is at most their sum.
     """
     # floor((n + b) / B), b = 0 ... B-1, add up to n (Hermite's identity).
-    sizes = [(count + index) // len(groups) for index in range(len(groups))]
-    shares = [rows[:size] for rows, size in zip(groups, sizes)]
-    missing = count - sum(len(share) for share in shares)
+    shares = [min(size, (count + index) // len(sizes)) for index, size in enumerate(sizes)]
+    rest = [size - share for size, share in zip(sizes, shares)]
+    missing, passed = count - sum(shares), 0
     if missing:
-        rest = torch.cat([rows[size:] for rows, size in zip(groups, sizes)])
-        shares.append(_shuffled(rest, generator)[:missing])
+        for index, more in enumerate(rest):
+            # In proportion, rounded so that they add up, and none gives more than it has.
+            before, passed = passed, passed + more
+            shares[index] += missing * passed // sum(rest) - missing * before // sum(rest)
     return shares
 
 
