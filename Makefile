@@ -36,7 +36,8 @@ lint: $(READY)
 bench: $(READY)
 	$(PY) benchmarks/bench_losses.py
 	$(PY) benchmarks/bench_samplers.py
-	$(PY) benchmarks/bench_detectors.py --steps 3
+	$(PY) benchmarks/bench_convolution.py
+	$(PY) benchmarks/bench_detectors.py --steps 3 --rounds 1
 
 clean:
 	rm -rf $(VENV) output datasets/shapes

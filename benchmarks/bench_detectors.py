@@ -4,7 +4,8 @@
     python benchmarks/bench_detectors.py [--device cuda|cpu] [--json FILE] [--only retinanet]
 
 A step is forward, backward and SGD on one batch of random images (8 of 800 x 1216 on CUDA) with 12
-objects each. The time is the median over steps, each waited for; memory is the allocator's peak.
+objects each. Ours and Detectron2's take turns; the time is the median over steps, each waited for,
+and memory is the allocator's peak.
 """
 
 import argparse
@@ -98,7 +99,7 @@ def batch(num_images, height, width, num_classes, device):
 
 
 def measure(model, inputs, amp, device, steps):
-    """Return (median seconds, peak GiB or None) of a training step."""
+    """Return (the seconds of each training step, peak GiB or None)."""
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-5)
     on_cuda = device == "cuda"
     times = []
@@ -118,7 +119,7 @@ def measure(model, inputs, amp, device, steps):
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / GIB if on_cuda else None
-    return statistics.median(times[3:]), peak
+    return times[3:], peak
 
 
 def main():
@@ -127,6 +128,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="part of a detector's name")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=2, help="times to build and measure each")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="as CUDNN_BENCHMARK does")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -139,22 +141,37 @@ def main():
             continue
         inputs = batch(*size, num_classes, args.device)
         for amp in (False, True):
+            sides = {"ours": own, "Detectron2": stock}
+            runs = {side: [] for side in sides}
+            for _ in range(args.rounds):
+                for side, opts in sides.items():
+                    runs[side].append(_run(config, opts, inputs, amp, args))
             row = {"detector": name, "arithmetic": "bf16 autocast" if amp else "float32"}
-            for side, opts in (("ours", own), ("Detectron2", stock)):
-                try:
-                    model = build(config, args.device, opts)
-                    row[side] = measure(model, inputs, amp, args.device, args.steps)
-                except torch.OutOfMemoryError:
-                    row[side] = None
-                model = None
-                gc.collect()
-                if args.device == "cuda":
-                    torch.cuda.empty_cache()
+            row.update({side: _median(results) for side, results in runs.items()})
             rows.append(row)
             print(row, flush=True)
     print(_table(rows))
     if args.json:
         args.json.write_text(json.dumps({"batch": size, "rows": rows}, indent=1))
+
+
+def _run(config, opts, inputs, amp, args):
+    """Return what :func:`measure` says of a detector built anew; None if memory is too small."""
+    try:
+        return measure(build(config, args.device, opts), inputs, amp, args.device, args.steps)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _median(results):
+    """Return (median seconds, peak GiB) over the steps of all rounds, None if any has none."""
+    if None in results:
+        return None
+    return statistics.median(sum((times for times, _ in results), [])), results[-1][1]
 
 
 def _table(rows):

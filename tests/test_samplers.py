@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from detectron2.modeling.sampling import subsample_labels

@@ -9,6 +9,7 @@ from ..losses.workers import num_workers, sum_over_workers
 from ..rows import foreground, ignore_others, level_rows, split_levels
 from ..samplers import AllSampler
 from .thresholds import CountedScoreThreshold, build_score_threshold
+from .wide_conv import WideConv2d
 
 
 class BalancedDenseDetector(CountedScoreThreshold):
@@ -159,11 +160,13 @@ def balance_arguments(cfg, num_classes, fixed_threshold):
     }
 
 
-def resize_classifier(head, num_anchors_times_logits):
-    """Give a dense head as many logits as the classification loss needs."""
+def replace_classifier(head, num_anchors_times_logits):
+    """Give a dense head a last layer of as many logits as the classification loss needs."""
     old = head.cls_score
-    if old.out_channels != num_anchors_times_logits:
-        head.cls_score = nn.Conv2d(
-            old.in_channels, num_anchors_times_logits, old.kernel_size, old.stride, old.padding
-        )
+    head.cls_score = WideConv2d(
+        old.in_channels, num_anchors_times_logits, old.kernel_size, old.stride, old.padding
+    )
+    if old.out_channels == num_anchors_times_logits:
+        head.cls_score.load_state_dict(old.state_dict())
+    else:
         nn.init.normal_(head.cls_score.weight, std=0.01)

@@ -9,24 +9,26 @@ class IoUKeepingMatcher:
 
     Attributes:
         ious: list of (R,) tensors, one a call: each row's largest IoU with any object, 0 without
-            an object.
+            an object. None each, while no sampler wants them.
         matched_idxs: list of (R,) tensors, one a call: the object that it is the largest with.
     """
 
     def __init__(self, matcher):
         self.matcher = matcher
-        self.clear()
+        self.start(None)
 
-    def clear(self):
-        """Forget all calls; do so before each batch."""
+    def start(self, sampler):
+        """Forget all calls and keep for ``sampler`` from now on; do so before each batch."""
+        self._keep_ious = sampler is not None and sampler.needs_ious
         self.ious, self.matched_idxs = [], []
 
     def __call__(self, match_quality_matrix):
         """Match one image: (M, R) IoUs -> (R,) object indices and (R,) labels."""
         matched_idxs, labels = self.matcher(match_quality_matrix)
-        if len(match_quality_matrix):
-            self.ious.append(match_quality_matrix.max(dim=0).values)
-        else:
-            self.ious.append(match_quality_matrix.new_zeros(match_quality_matrix.shape[1]))
+        self.ious.append(_largest(match_quality_matrix) if self._keep_ious else None)
         self.matched_idxs.append(matched_idxs)
         return matched_idxs, labels
+
+
+def _largest(ious):
+    return ious.amax(dim=0) if len(ious) else ious.new_zeros(ious.shape[1])

@@ -165,7 +165,7 @@ class _BalancedSampling:
 
     def label_and_sample_proposals(self, proposals, targets):
         """Match and sample, as Detectron2 does; see ``ROIHeads.label_and_sample_proposals``."""
-        self.proposal_matcher.clear()
+        self.proposal_matcher.start(self.sampler)
         return super().label_and_sample_proposals(proposals, targets)
 
     def _sample_proposals(self, matched_idxs, matched_labels, gt_classes):
@@ -246,7 +246,7 @@ class BalancedCascadeROIHeads(_BalancedSampling, CascadeROIHeads):
         # A later stage gets the boxes of the one before. Detectron2 trains on all of them; a
         # sampler that looks at IoUs chooses anew, since the boxes have moved.
         matcher = self.proposal_matchers[stage]
-        matcher.clear()
+        matcher.start(self.sampler)
         proposals = super()._match_and_label_boxes(proposals, stage, targets)
         if self.sampler.needs_ious:
             for p, ious, matched_idxs in zip(

@@ -10,7 +10,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes
 
 from ..criterion import refuse_overridden_keys
-from .dense import BalancedDenseDetector, balance_arguments, resize_classifier
+from .dense import BalancedDenseDetector, balance_arguments, replace_classifier
 from .matching import IoUKeepingMatcher
 
 _REPLACED_KEYS = {
@@ -44,12 +44,12 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
         ret = super().from_config(cfg)
         ret.update(balance_arguments(cfg, ret["num_classes"], ret["test_score_thresh"]))
         num_anchors = ret["anchor_generator"].num_anchors[0]
-        resize_classifier(ret["head"], num_anchors * ret["criterion"].num_logits)
+        replace_classifier(ret["head"], num_anchors * ret["criterion"].num_logits)
         return ret
 
     def label_anchors(self, anchors, gt_instances):
         """Label and sample; see ``RetinaNet.label_anchors``. Rows not sampled are ignored."""
-        self.anchor_matcher.clear()
+        self.anchor_matcher.start(self.sampler)
         gt_labels, gt_boxes = super().label_anchors(anchors, gt_instances)
         matches = (gt_labels, self.anchor_matcher.ious, self.anchor_matcher.matched_idxs)
         return [self.sample_rows(*match) for match in zip(*matches, strict=True)], gt_boxes

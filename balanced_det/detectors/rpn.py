@@ -92,10 +92,12 @@ class BalancedRPN(RPN):
     def _subsample_labels(self, label):
         if self.sampler.needs_losses:  # chosen in losses(), when the losses are known
             return label
+        # Where memory is short, Detectron2 matches on the host.
+        ious, matched_idxs = self.anchor_matcher.ious[-1], self.anchor_matcher.matched_idxs[-1]
         return self._kept(
             label,
-            self.anchor_matcher.ious[-1].to(label.device),
-            matched_idxs=self.anchor_matcher.matched_idxs[-1].to(label.device),
+            None if ious is None else ious.to(label.device),
+            matched_idxs=matched_idxs.to(label.device),
         )
 
     def _kept(self, labels, ious=None, **options):
@@ -107,7 +109,7 @@ class BalancedRPN(RPN):
 
     def label_and_sample_anchors(self, anchors, gt_instances):
         """Label and sample, as Detectron2 does; see ``RPN.label_and_sample_anchors``."""
-        self.anchor_matcher.clear()
+        self.anchor_matcher.start(self.sampler)
         return super().label_and_sample_anchors(anchors, gt_instances)
 
     def losses(self, anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes):
