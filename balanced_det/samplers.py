@@ -111,7 +111,7 @@ def iou_balanced_sample(
     places = torch.where(negative, ious.float(), torch.rsub(labels, -2.0, alpha=4))
     groups = torch.bucketize(places, torch.addcmul(base, slope, largest), right=True)
     if instance_balanced:
-        groups = torch.where(groups == 0, -matched_idxs, groups)
+        groups = torch.addcmul(groups, matched_idxs, groups == 0, value=-1)
     keys, order = _sort_within(groups, generator)
     starts = torch.searchsorted(keys, firsts).tolist()  # the one copy to the host
     sizes = [end - start for start, end in zip([0, *starts], [*starts, len(labels)])]
@@ -383,4 +383,4 @@ def _in_turn(keys, rows, count, generator):
     # Which groups give the last rows is drawn anew: a row of a late turn has a high chance, the
     # higher the smaller its group is.
     turn = turn + torch.rand(keys.shape, generator=generator, device=keys.device)
-    return rows[turn.topk(count, largest=False).indices]
+    return rows.index_select(0, turn.topk(count, largest=False, sorted=False).indices)
