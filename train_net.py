@@ -59,7 +59,8 @@ def run(args):
 
     What is wrong is an :class:`InputError` here, before anything is written.
     """
-    check_run(configure(args), eval_only=args.eval_only, resume=args.resume)
+    workers = max(args.num_gpus, 1) * args.num_machines
+    check_run(configure(args), args.eval_only, args.resume, workers)
     launch(
         main,
         args.num_gpus,

@@ -228,7 +228,7 @@ def test_two_processes_train_one_model(data, tmp_path):
 def check(arguments):
     """Do what the command does before it launches anything."""
     args = default_argument_parser().parse_args(arguments)
-    check_run(load_config(args.config_file, args.opts))
+    check_run(load_config(args.config_file, args.opts), num_workers=args.num_gpus)
 
 
 def refuse(arguments, out, *mentioned):
@@ -298,11 +298,21 @@ def test_missing_data_is_refused(data, tmp_path, which):
         ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou", ["BALANCE.RPN.BOX_LOSS"]),
         ("MODEL.WEIGHTS", "no_such_model.pth", ["no_such_model.pth", "does not exist"]),
         ("DATASETS.TRAIN", "('shapes_trian',)", ["shapes_trian"]),
+        ("SOLVER.IMS_PER_BATCH", "0", ["is 0"]),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactor", ["'RepeatFactor'", "RepeatFactorTraining"]),
+        ("MODEL.RESNETS.DEPTH", "19", ["is 19", "18, 34, 50"]),
+        ("OUTPUT_DIR", f"{__file__}/out", [__file__]),
     ],
 )
 def test_bad_value_is_refused(data, tmp_path, key, value, mentioned):
     arguments = ["--config-file", QUICKSTART, *data.options(tmp_path / "out"), key, value]
     refuse(arguments, tmp_path / "out", key, *mentioned)
+
+
+def test_batch_that_workers_cannot_share_is_refused(data, tmp_path):
+    options = data.options(tmp_path / "out", **{"SOLVER.IMS_PER_BATCH": 3})
+    arguments = ["--config-file", QUICKSTART, "--num-gpus", "2", *options]
+    refuse(arguments, tmp_path / "out", "SOLVER.IMS_PER_BATCH is 3", "workers, 2")
 
 
 @pytest.mark.parametrize(
