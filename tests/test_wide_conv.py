@@ -82,3 +82,13 @@ def test_what_is_frozen_gets_no_gradient(trained):
     layer(x).sum().backward()
     for name, tensor in inputs.items():
         assert (tensor.grad is not None) == (name == trained)
+
+
+def test_it_is_exported_as_a_convolution():
+    _, layer = pair(4, 60, 3, padding=1)
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+    assert "_convolution" in str(traced.inlined_graph)
+    assert "Python" not in str(traced.inlined_graph)
+    assert torch.equal(traced(x), layer(x).detach())

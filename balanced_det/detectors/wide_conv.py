@@ -1,5 +1,6 @@
 """The last layer of a dense detector with many classes."""
 
+import torch
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -17,8 +18,8 @@ class WideConv2d(nn.Conv2d):
     fast (``benchmarks/bench_convolution.py``). So the weight gradient of a k x k convolution is
     taken as that of a 1x1 convolution of the unfolded input, whose channels are the k x k
     neighbours of a position; the sums are the same. That input lives within the backward pass only,
-    and only where it is smaller than the output, k * k * in_channels < out_channels. All else is
-    ``nn.Conv2d``'s own.
+    and only where it is smaller than the output, k * k * in_channels < out_channels. All else, and
+    all of inference, is ``nn.Conv2d``'s own.
     """
 
     def forward(self, x):
@@ -26,7 +27,7 @@ class WideConv2d(nn.Conv2d):
         k_h, k_w = self.kernel_size
         wide = k_h * k_w * self.in_channels < self.out_channels
         plain = self.groups == 1 and self.padding_mode == "zeros" and self.padding not in _NAMES
-        if not (wide and plain):
+        if not (wide and plain and torch.is_grad_enabled()):
             return super().forward(x)
         return _WideConvolution.apply(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation
