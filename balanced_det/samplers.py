@@ -17,6 +17,7 @@ of rows.
 """
 
 import functools
+import itertools
 
 import torch
 
@@ -113,18 +114,20 @@ def iou_balanced_sample(
     if instance_balanced:
         groups = torch.addcmul(groups, matched_idxs, groups == 0, value=-1)
     keys, order = _sort_within(groups, generator)
-    starts = torch.searchsorted(keys, firsts).tolist()  # the one copy to the host
-    sizes = [end - start for start, end in zip([0, *starts], [*starts, len(labels)])]
-    positive, below, *ranges, _ = order.split(sizes)
+    # Group g is order[edges[g] : edges[g + 1]]; this is the one copy to the host.
+    edges = [0, *torch.searchsorted(keys, firsts).tolist()]
+    num_foreground, num_below, *num_in_range = (b - a for a, b in itertools.pairwise(edges))
 
-    num_positive = min(len(positive), int(num_samples * positive_fraction))
-    num_negative = min(sum(sizes[1:-1]), num_samples - num_positive)
-    num_ranges = int(num_negative * (1 - floor_fraction))
-    num_ranges = min(max(num_ranges, num_negative - len(below)), sum(sizes[2:-1]))
-    shares = [rows[:share] for rows, share in zip(ranges, _shares(sizes[2:-1], num_ranges))]
+    num_positive = min(num_foreground, int(num_samples * positive_fraction))
+    num_negative = min(num_below + sum(num_in_range), num_samples - num_positive)
+    from_ranges = int(num_negative * (1 - floor_fraction))
+    from_ranges = min(max(from_ranges, num_negative - num_below), sum(num_in_range))
+    shares = [num_negative - from_ranges, *_shares(num_in_range, from_ranges)]
+    negative = torch.cat([order[a : a + share] for a, share in zip(edges[1:], shares)])
     if instance_balanced:
-        positive = _in_turn(keys[: len(positive)], positive, num_positive, generator)
-    return positive[:num_positive], torch.cat([*shares, below[: num_negative - num_ranges]])
+        foreground = slice(num_foreground)
+        return _in_turn(keys[foreground], order[foreground], num_positive, generator), negative
+    return order[:num_positive], negative
 
 
 @torch.no_grad()
@@ -347,8 +350,8 @@ def _sort_within(groups, generator):
     """
     # Chances below one half do not round up to the next group. The few that are equal in single
     # precision stay in the order of their rows.
-    chance = torch.empty(groups.shape, device=groups.device)
-    return (groups + chance.uniform_(0, 0.5, generator=generator)).sort()
+    chance = torch.rand(groups.shape, generator=generator, device=groups.device)
+    return torch.add(groups, chance, alpha=0.5).sort()
 
 
 def _shares(sizes, count):
@@ -377,9 +380,9 @@ def _in_turn(keys, rows, count, generator):
         rows: (P,), in the order of ``keys``.
         count: all if there are fewer.
     """
-    if count >= len(rows):
+    if count >= keys.numel():
         return rows
-    turn = torch.arange(len(keys), device=keys.device) - torch.searchsorted(keys, keys.floor())
+    turn = torch.arange(keys.numel(), device=keys.device) - torch.searchsorted(keys, keys.floor())
     # Which groups give the last rows is drawn anew: a row of a late turn has a high chance, the
     # higher the smaller its group is.
     turn = turn + torch.rand(keys.shape, generator=generator, device=keys.device)
