@@ -177,19 +177,10 @@ def hard_example_sample(labels, losses, num_samples, positive_fraction, bg_label
 
 
 class _Sampler:
-    """What a sampler asks its caller for beyond the labels."""
+    """The one call of all samplers; a subclass says in ``_take`` what it makes of it."""
 
     needs_ious = False  # `ious`, and `matched_idxs` where it balances over objects
     needs_losses = False  # `losses`, known only after the classifier has run
-
-    def __repr__(self):
-        parameters = ", ".join(f"{name}={value}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({parameters})"
-
-
-@SAMPLERS.register
-class RandomSampler(_Sampler):
-    """:func:`random_sample` as a method of ``BALANCE``."""
 
     def __call__(
         self,
@@ -203,10 +194,36 @@ class RandomSampler(_Sampler):
         losses=None,
         generator=None,
     ):
-        """Return (positive_idx, negative_idx); arguments as in :func:`random_sample`."""
-        return random_sample(
-            labels, ious, num_samples, positive_fraction, bg_label, generator=generator
+        """Return (positive_idx, negative_idx), LongTensors.
+
+        Args:
+            labels, num_samples, positive_fraction, bg_label, generator: as in
+                :func:`random_sample`.
+            ious, matched_idxs: as in :func:`iou_balanced_sample`; may be None unless
+                ``needs_ious``.
+            losses: as in :func:`hard_example_sample`; may be None unless ``needs_losses``.
+        """
+        counts = (num_samples, positive_fraction, bg_label)
+        return self._take(
+            labels,
+            counts,
+            ious=ious,
+            matched_idxs=matched_idxs,
+            losses=losses,
+            generator=generator,
         )
+
+    def __repr__(self):
+        parameters = ", ".join(f"{name}={value}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({parameters})"
+
+
+@SAMPLERS.register
+class RandomSampler(_Sampler):
+    """:func:`random_sample` as a method of ``BALANCE``."""
+
+    def _take(self, labels, counts, *, generator, **_):
+        return random_sample(labels, None, *counts, generator=generator)
 
 
 @SAMPLERS.register
@@ -238,25 +255,11 @@ class IoUBalancedSampler(_Sampler):
         self.floor_fraction = floor_fraction
         self.instance_balanced = instance_balanced
 
-    def __call__(
-        self,
-        labels,
-        ious,
-        num_samples,
-        positive_fraction,
-        bg_label,
-        *,
-        matched_idxs=None,
-        losses=None,
-        generator=None,
-    ):
-        """Return (positive_idx, negative_idx); arguments as in :func:`iou_balanced_sample`."""
+    def _take(self, labels, counts, *, ious, matched_idxs, generator, **_):
         return iou_balanced_sample(
             labels,
             ious,
-            num_samples,
-            positive_fraction,
-            bg_label,
+            *counts,
             self.num_bins,
             self.floor_threshold,
             self.floor_fraction,
@@ -272,40 +275,16 @@ class OHEMSampler(_Sampler):
 
     needs_losses = True
 
-    def __call__(
-        self,
-        labels,
-        ious,
-        num_samples,
-        positive_fraction,
-        bg_label,
-        *,
-        matched_idxs=None,
-        losses=None,
-        generator=None,
-    ):
-        """Return (positive_idx, negative_idx); arguments as in :func:`hard_example_sample`."""
-        return hard_example_sample(labels, losses, num_samples, positive_fraction, bg_label)
+    def _take(self, labels, counts, *, losses, **_):
+        return hard_example_sample(labels, losses, *counts)
 
 
 @SAMPLERS.register
 class AllSampler(_Sampler):
     """:func:`all_sample` as a method of ``BALANCE``."""
 
-    def __call__(
-        self,
-        labels,
-        ious,
-        num_samples,
-        positive_fraction,
-        bg_label,
-        *,
-        matched_idxs=None,
-        losses=None,
-        generator=None,
-    ):
-        """Return (positive_idx, negative_idx); arguments as in :func:`all_sample`."""
-        return all_sample(labels, ious, num_samples, positive_fraction, bg_label)
+    def _take(self, labels, counts, **_):
+        return all_sample(labels, None, *counts)
 
 
 def _kinds(labels, bg_label):
