@@ -25,16 +25,8 @@ def _row_labels(levels):
     return torch.cat([y.flatten() for _, y in levels])
 
 
-@CLASSIFICATION_LOSSES.register
-class GHMClassificationLoss(SigmoidLoss):
-    """GHM-C over K sigmoids; see the module's docstring.
-
-    Args:
-        num_classes: K.
-        bins: number of equal bins of the gradient length.
-        momentum: of the moving average of the bin counts.
-        bias_correction: False starts the average at zero, as the published code does.
-    """
+class _Harmonized:
+    """The statistics and the call of both losses, to inherit before the loss's family."""
 
     def __init__(self, num_classes, bins=30, momentum=0.75, bias_correction=True):
         super().__init__(num_classes)
@@ -43,6 +35,18 @@ class GHMClassificationLoss(SigmoidLoss):
     def forward(self, logits, labels, normalizer=None, overwrite_logits=False):
         """Return the harmonized loss; ``normalizer`` is ignored, GHM divides by its own count."""
         return super().forward(logits, labels, 1, overwrite_logits)
+
+
+@CLASSIFICATION_LOSSES.register
+class GHMClassificationLoss(_Harmonized, SigmoidLoss):
+    """GHM-C over K sigmoids; see the module's docstring.
+
+    Args:
+        num_classes: K.
+        bins: number of equal bins of the gradient length.
+        momentum: of the moving average of the bin counts.
+        bias_correction: False starts the average at zero, as the published code does.
+    """
 
     def tables(self, levels):
         """Return the weight of each bin after taking the batch into the statistics."""
@@ -55,7 +59,7 @@ class GHMClassificationLoss(SigmoidLoss):
 
 
 @CLASSIFICATION_LOSSES.register
-class SoftmaxGHMLoss(SoftmaxLoss):
+class SoftmaxGHMLoss(_Harmonized, SoftmaxLoss):
     """GHM-C over one softmax of K + 1 channels; see the module's docstring.
 
     Args:
@@ -64,14 +68,6 @@ class SoftmaxGHMLoss(SoftmaxLoss):
         momentum: of the moving average of the bin counts.
         bias_correction: False starts the average at zero, as the published code does.
     """
-
-    def __init__(self, num_classes, bins=30, momentum=0.75, bias_correction=True):
-        super().__init__(num_classes)
-        self.gradient_density = GradientDensity(bins, momentum, bias_correction)
-
-    def forward(self, logits, labels, normalizer=None, overwrite_logits=False):
-        """Return the harmonized loss; ``normalizer`` is ignored, GHM divides by its own count."""
-        return super().forward(logits, labels, 1, overwrite_logits)
 
     def scaled_sum(self, levels, scale, overwrite_logits):
         """Return the harmonized sum over rows; ``scale`` is 1."""

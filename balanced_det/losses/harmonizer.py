@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..ops.reference import bin_index
 from .workers import num_workers, sum_over_workers
 
 
@@ -65,7 +66,7 @@ class GradientDensity(nn.Module):
 
     def bin_index(self, lengths):
         """Return the bin of each gradient length, long, shaped like ``lengths``."""
-        return (lengths * self.bins).long().clamp_(0, self.bins - 1)
+        return bin_index(lengths, self.bins)
 
     def histogram(self, lengths, valid=None):
         """Return the (B,) int64 count of gradient lengths in each bin.

@@ -91,10 +91,10 @@ def histogram(logits, labels, bins):
         is_positive = ((label >= classes.start) & (label < classes.stop)).unsqueeze(-1)
         value = x.gather(-1, position)
         x.scatter_(-1, position, torch.where(is_positive, -value, value))
-        bin_index = _bin(torch.sigmoid(x), bins)
-        valid = (label >= 0).unsqueeze(-1).expand_as(bin_index)
+        index = bin_index(torch.sigmoid(x), bins)
+        valid = (label >= 0).unsqueeze(-1).expand_as(index)
         # Integer addition: the counts do not depend on the order, on any device.
-        counts.scatter_add_(0, bin_index.flatten(), valid.to(torch.int64).flatten())
+        counts.scatter_add_(0, index.flatten(), valid.to(torch.int64).flatten())
     return counts
 
 
@@ -137,7 +137,8 @@ def _load(logits, labels, dtype):
     return logits.to(dtype).masked_fill(ignored, float("-inf")), labels.to(torch.int64)
 
 
-def _bin(length, bins):
+def bin_index(length, bins):
+    """Return the bin min(int(g B), B - 1) of each gradient length g in [0, 1], int64."""
     return (length * bins).to(torch.int64).clamp_(0, bins - 1)
 
 
@@ -152,7 +153,7 @@ def _weighted_bce(x, weight, alpha, gamma, bin_weight, with_slope):
     if gamma != 0:
         factors.append(length.square() if gamma == 2 else length.pow(gamma))
     if bin_weight is not None:
-        factors.append(bin_weight[_bin(length, len(bin_weight))])
+        factors.append(bin_weight[bin_index(length, len(bin_weight))])
     for factor in factors:
         if factor is not None:
             loss.mul_(factor)
