@@ -63,12 +63,17 @@ class DatasetStatistics:
         )
 
 
+def objects(annotations):
+    """Return the annotations that are objects; Detectron2 does not train on crowds."""
+    return [a for a in annotations if not a.get("iscrowd", 0)]
+
+
 def dataset_statistics(dataset_dicts, num_classes):
     """Count images and objects of every class.
 
     Args:
         dataset_dicts: images in Detectron2's standard format, category ids contiguous from 0.
-            Crowd annotations (``iscrowd``) are not counted: Detectron2 does not train on them.
+            Their :func:`objects` are counted.
         num_classes: K.
 
     Returns:
@@ -78,7 +83,7 @@ def dataset_statistics(dataset_dicts, num_classes):
         InputError: a category id is outside 0 ... K-1.
     """
     classes_by_image = [
-        [a["category_id"] for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
+        [a["category_id"] for a in objects(record.get("annotations", ()))]
         for record in dataset_dicts
     ]
     objects_per_image = np.fromiter(map(len, classes_by_image), np.int64, len(classes_by_image))
@@ -116,10 +121,9 @@ def add_counts(categories, annotations):
     """
     images = {category["id"]: set() for category in categories}
     instances = dict.fromkeys(images, 0)
-    for annotation in annotations:
-        if not annotation.get("iscrowd", 0):
-            images[annotation["category_id"]].add(annotation["image_id"])
-            instances[annotation["category_id"]] += 1
+    for annotation in objects(annotations):
+        images[annotation["category_id"]].add(annotation["image_id"])
+        instances[annotation["category_id"]] += 1
     return [
         {
             **category,

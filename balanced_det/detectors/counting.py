@@ -17,6 +17,7 @@ from detectron2.data import transforms as T
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.utils import comm
 
+from ..data.statistics import objects
 from ..errors import InputError
 from ..priors import optimal_prior
 from ..rows import foreground
@@ -78,7 +79,8 @@ def count_rows(part, backbone, cfg, dataset_dicts, population=None):
         ]
         labels = part.label_rows(features, instances)  # (R,)
         num_foreground = foreground(labels, part.num_classes).sum().item()
-        counts.append((num_foreground, (labels >= 0).sum().item(), len(_objects(record))))
+        num_objects = len(objects(record["annotations"]))
+        counts.append((num_foreground, (labels >= 0).sum().item(), num_objects))
     return _summarize(np.asarray(counts, dtype=np.int64).reshape(-1, 3), population)
 
 
@@ -153,13 +155,9 @@ def _resized_instances(record, augmentations):
         utils.transform_instance_annotations(
             {k: a[k] for k in ("bbox", "bbox_mode", "category_id")}, transforms, size
         )
-        for a in _objects(record)
+        for a in objects(record["annotations"])
     ]
     return utils.filter_empty_instances(utils.annotations_to_instances(annotations, size))
-
-
-def _objects(record):
-    return [a for a in record["annotations"] if a.get("iscrowd", 0) == 0]
 
 
 def _levels(size, divisor, stride):
@@ -184,7 +182,8 @@ def _summarize(counts, population):
         if population is not None:
             residual -= shares[:, 2]
             unseen -= len(counts) / len(population)
-            objects_an_image = sum(len(_objects(r)) for r in population) / len(population)
+            all_objects = sum(len(objects(record["annotations"])) for record in population)
+            objects_an_image = all_objects / len(population)
             num_foreground = round(num_foreground * objects_an_image / (num_objects / len(counts)))
         error = math.sqrt(unseen * len(counts) * residual.var(ddof=1))
     return RowCounts(num_foreground, num_rows, len(counts), error)
