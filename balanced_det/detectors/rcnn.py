@@ -163,6 +163,13 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
 class _BalancedSampling:
     """Sampling of proposals by any sampler, for Detectron2's ``ROIHeads`` to inherit first."""
 
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        """Translate the config, see the class."""
+        # Before Detectron2 builds its own predictor, which would refuse some of them its way.
+        refuse_overridden_keys(cfg, "ROI_HEADS", _REPLACED_KEYS)
+        return {**super().from_config(cfg, input_shape), "sampler": _proposal_sampler(cfg)}
+
     def label_and_sample_proposals(self, proposals, targets):
         """Match and sample, as Detectron2 does; see ``ROIHeads.label_and_sample_proposals``."""
         self.proposal_matcher.start(self.sampler)
@@ -206,13 +213,6 @@ class BalancedROIHeads(_BalancedSampling, StandardROIHeads):
         self.sampler = sampler
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
-        """Translate the config, see :class:`BalancedROIHeads`."""
-        # Before Detectron2 builds its own predictor, which would refuse some of them its way.
-        refuse_overridden_keys(cfg, "ROI_HEADS", _REPLACED_KEYS)
-        return {**super().from_config(cfg, input_shape), "sampler": _proposal_sampler(cfg)}
-
-    @classmethod
     def _init_box_head(cls, cfg, input_shape):
         ret = super()._init_box_head(cfg, input_shape)
         ret["box_predictor"] = _balanced(cfg, ret["box_head"], ret["box_predictor"])
@@ -234,13 +234,6 @@ class BalancedCascadeROIHeads(_BalancedSampling, CascadeROIHeads):
             proposal_matchers=[IoUKeepingMatcher(m) for m in proposal_matchers], **kwargs
         )
         self.sampler = sampler
-
-    @classmethod
-    def from_config(cls, cfg, input_shape):
-        """Translate the config, see :class:`BalancedCascadeROIHeads`."""
-        # Before Detectron2 builds its own predictor, which would refuse some of them its way.
-        refuse_overridden_keys(cfg, "ROI_HEADS", _REPLACED_KEYS)
-        return {**super().from_config(cfg, input_shape), "sampler": _proposal_sampler(cfg)}
 
     def _match_and_label_boxes(self, proposals, stage, targets):
         # A later stage gets the boxes of the one before. Detectron2 trains on all of them; a
