@@ -4,8 +4,10 @@ This is also where a config file becomes objects: :func:`build_criterion` and
 :func:`build_sampler` read a part of ``BALANCE`` and refuse what cannot work.
 """
 
+import functools
 import inspect
 import logging
+import operator
 
 from detectron2.config import CfgNode
 from torch import nn
@@ -145,16 +147,15 @@ def refuse_overridden_keys(cfg, part, keys):
         keys: {Detectron2 key: (its default, the key to use instead)}.
     """
     for key, (default, instead) in keys.items():
-        value = cfg
-        for name in key.split("."):
-            value = value[name]
-        replacement = cfg
-        for name in instead.split("."):
-            replacement = replacement[name]
-        if value not in (default, replacement):
+        value = _value(cfg, key)
+        if value not in (default, _value(cfg, instead)):
             raise InputError(
                 f"{key} is {value!r}, but BALANCE.{part} decides the losses here: set {instead}."
             )
+
+
+def _value(cfg, key):
+    return functools.reduce(operator.getitem, key.split("."), cfg)
 
 
 def _build_classification_loss(cfg, part, num_classes):

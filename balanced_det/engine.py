@@ -102,7 +102,6 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
         """Return a data set's evaluator, see :func:`balanced_det.evaluation.build_evaluator`."""
-        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         try:
             statistics = training_statistics(cfg)
         except InputError as error:
