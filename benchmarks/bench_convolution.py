@@ -9,29 +9,15 @@ convolutions: TF32 for float32 on GPUs that have it.
 """
 
 import argparse
-import statistics
-import time
+import functools
 
 import torch
+from timing import milliseconds
 from torch.nn.grad import conv2d_weight
 
 from balanced_det.detectors.wide_conv import weight_gradient
 
 CHANNELS, ANCHORS = 256, 9
-
-
-def milliseconds(function, x, shape, gradient, repeats):
-    """Return the median time of a call of ``conv2d_weight`` or ``weight_gradient``."""
-    times = []
-    for _ in range(repeats + 2):
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function(x, shape, gradient, padding=1)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[2:])
 
 
 def main():
@@ -52,9 +38,14 @@ def main():
                 shape = (ANCHORS * classes, CHANNELS, 3, 3)
                 x = _random(CHANNELS, size, dtype, args.device)
                 gradient = _random(ANCHORS * classes, size, dtype, args.device)
-                case = (x, shape, gradient, args.repeats)
-                theirs = milliseconds(conv2d_weight, *case)
-                ours = milliseconds(weight_gradient, *case)
+                theirs, ours = (
+                    milliseconds(
+                        functools.partial(function, x, shape, gradient, padding=1),
+                        args.device,
+                        args.repeats,
+                    )
+                    for function in (conv2d_weight, weight_gradient)
+                )
                 cells = [f"{classes:,}", str(dtype)[6:], level, f"{theirs:.2f} ms"]
                 cells += [f"{ours:.2f} ms", f"{ours / theirs:.2f}"]
                 print("| " + " | ".join(cells) + " |", flush=True)

@@ -20,6 +20,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from timing import synchronize
 
 import balanced_det.detectors  # noqa: F401  (registers them)
 from balanced_det.config import add_balanced_det_config
@@ -105,18 +106,16 @@ def measure(model, inputs, amp, device, steps):
     times = []
     with EventStorage():
         for _ in range(steps + 3):
-            if on_cuda:
-                torch.cuda.synchronize()
-                if len(times) == 2:  # the peak of warm steps
-                    torch.cuda.reset_peak_memory_stats()
+            synchronize(device)
+            if on_cuda and len(times) == 2:  # the peak of warm steps
+                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             with torch.autocast(device, torch.bfloat16, enabled=amp):
                 loss = sum(model(inputs).values())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if on_cuda:
-                torch.cuda.synchronize()
+            synchronize(device)
             times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / GIB if on_cuda else None
     return times[3:], peak

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 from fvcore.nn import sigmoid_focal_loss_jit
+from timing import synchronize
 from torch.nn import functional as F
 
 from balanced_det.losses import (
@@ -175,10 +176,10 @@ def median_ms(step, device, seconds=1.0):
     """Return the median duration of ``step()`` in ms, over about ``seconds`` after a warm-up."""
     for _ in range(3):
         step()
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     step()
-    _synchronize(device)
+    synchronize(device)
     repeats = int(min(max(seconds / (time.perf_counter() - start), 5), 300))
     if device != "cuda":
         times = []
@@ -229,11 +230,6 @@ def extra_bytes(step, device):
             current += event.nbytes()
             peak = max(peak, current)
     return peak
-
-
-def _synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def copy_bandwidth(device):

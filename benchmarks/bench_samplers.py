@@ -11,11 +11,10 @@ to result, with the device idle before and waited for after.
 import argparse
 import dataclasses
 import json
-import statistics
-import time
 
 import numpy as np
 import torch
+from timing import milliseconds
 
 from balanced_det.samplers import IoUBalancedSampler, OHEMSampler, RandomSampler
 
@@ -105,24 +104,8 @@ class HostSampler:
         return np.concatenate([chosen, missing])
 
 
-def milliseconds(image, sampler, device, repeats):
-    """Return the median time of sampling ``image``."""
-    # The first calls load kernels and allocate, and a processor takes a while to speed up.
-    warm = time.perf_counter() + 0.5
-    times = []
-    while len(times) < repeats:
-        _wait(device)
-        start = time.perf_counter()
-        image.sample(sampler)
-        _wait(device)
-        if start > warm:
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def _wait(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _milliseconds(image, sampler, args):
+    return milliseconds(lambda: image.sample(sampler), args.device, args.repeats)
 
 
 def main():
@@ -155,10 +138,10 @@ def main():
     for image in images:
         for sampler_name, ours, host in samplers:
             row = {"rows": len(image.labels), "sampler": sampler_name}
-            row["ours_ms"] = milliseconds(image, ours, args.device, args.repeats)
+            row["ours_ms"] = _milliseconds(image, ours, args)
             row["host_ms"] = None
             if host is not None:
-                row["host_ms"] = milliseconds(image, host, args.device, args.repeats)
+                row["host_ms"] = _milliseconds(image, host, args)
             table.append(row)
             theirs = "-" if host is None else f"{row['host_ms']:.3f}"
             print(
