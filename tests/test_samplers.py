@@ -70,6 +70,15 @@ def taken_per_bin(counts, negative_idx):
     return bins[negative_idx].bincount(minlength=len(counts)).tolist()
 
 
+def shares_of_bins(counts, num_samples, seed):
+    """The rows taken from each bin when one of ``counts[b]`` rows is a range of its own."""
+    labels, ious = background(counts, len(counts))
+    _, negative = iou_balanced_sample(
+        labels, ious, num_samples, 0.5, BG, num_bins=len(counts), generator=seeded(seed)
+    )
+    return taken_per_bin(counts, negative)
+
+
 SETTINGS = {
     "RandomSampler": [{}],
     "AllSampler": [{}],
@@ -167,11 +176,7 @@ def test_all_takes_every_row_that_is_not_ignored(image):
     seed=st.integers(0, 2**31),
 )
 def test_shares_are_within_one_of_equal_when_candidates_suffice(counts, num_samples, seed):
-    labels, ious = background(counts, len(counts))
-    _, negative = iou_balanced_sample(
-        labels, ious, num_samples, 0.5, BG, num_bins=len(counts), generator=seeded(seed)
-    )
-    shares = taken_per_bin(counts, negative)
+    shares = shares_of_bins(counts, num_samples, seed)
     assert sum(shares) == num_samples
     assert max(shares) - min(shares) <= 1
 
@@ -183,11 +188,7 @@ def test_shares_are_within_one_of_equal_when_candidates_suffice(counts, num_samp
     seed=st.integers(0, 2**31),
 )
 def test_a_bin_gives_its_share_or_all_it_has_and_others_fill_up(counts, num_samples, seed):
-    labels, ious = background(counts, len(counts))
-    _, negative = iou_balanced_sample(
-        labels, ious, num_samples, 0.5, BG, num_bins=len(counts), generator=seeded(seed)
-    )
-    shares = taken_per_bin(counts, negative)
+    shares = shares_of_bins(counts, num_samples, seed)
     wanted = min(num_samples, sum(counts))
     assert sum(shares) == wanted
     for share, count in zip(shares, counts):

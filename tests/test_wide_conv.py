@@ -29,25 +29,25 @@ def outputs_and_gradients(layer, x, weight_of_output):
     return [y, x.grad, *(parameter.grad for parameter in layer.parameters())]
 
 
+OPTIONS = [
+    {"padding": 1},
+    {"padding": 1, "bias": False},
+    {"padding": 2, "dilation": 2},
+    {"stride": 2, "padding": 1},
+    {"padding": "same"},
+    {"padding": 1, "groups": 2},
+]
+REFLECT = {"padding": 1, "padding_mode": "reflect"}  # of a single pixel there is nothing to reflect
+CASES = [
+    *((size, options) for size in [(8, 6), (7, 5)] for options in [*OPTIONS, REFLECT]),
+    *(((1, 1), options) for options in OPTIONS),
+]
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("size", [(8, 6), (7, 5), (1, 1)], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"padding": 1},
-        {"padding": 1, "bias": False},
-        {"padding": 2, "dilation": 2},
-        {"stride": 2, "padding": 1},
-        {"padding": "same"},
-        {"padding": 1, "groups": 2},
-        {"padding": 1, "padding_mode": "reflect"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("size", "options"), CASES, ids=str)
 @pytest.mark.parametrize("out_channels", [8, 60])
 def test_it_is_a_convolution(device, size, options, out_channels):
-    if options.get("padding_mode") == "reflect" and size == (1, 1):
-        pytest.skip("nothing to reflect")
     plain, wide = (m.double().to(device) for m in pair(4, out_channels, 3, **options))
     x = torch.randn(2, 4, *size, dtype=torch.double, device=device)
     weight = torch.randn_like(plain(x))
