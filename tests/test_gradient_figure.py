@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from balanced_det.criterion import build_criterion
+from balanced_det.build import build_criterion
 from balanced_det.engine import Trainer
 from balanced_det.errors import InputError
 from balanced_det.gradient_figure import PlotGradients, draw_gradients

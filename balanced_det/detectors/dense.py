@@ -4,8 +4,8 @@ import torch
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..criterion import build_criterion, build_sampler, initial_prior
-from ..losses.workers import num_workers, sum_over_workers
+from ..build import build_criterion, build_sampler, initial_prior
+from ..distributed import num_workers, sum_over_workers
 from ..rows import foreground, ignore_others, level_rows, split_levels
 from ..samplers import AllSampler
 from .thresholds import CountedScoreThreshold, build_score_threshold

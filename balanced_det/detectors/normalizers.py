@@ -2,7 +2,7 @@
 
 import torch
 
-from ..losses.workers import num_workers, sum_over_workers
+from ..distributed import num_workers, sum_over_workers
 
 
 def foreground_normalizer(is_foreground, takes_part):

@@ -18,7 +18,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import _log_classification_stats
 from torch import nn
 from torch.nn import functional as F
 
-from ..criterion import build_criterion, build_sampler, initial_prior, refuse_overridden_keys
+from ..build import build_criterion, build_sampler, initial_prior, refuse_overridden_keys
 from ..rows import foreground, ignore_others
 from ..samplers import AllSampler
 from .matching import IoUKeepingMatcher

@@ -9,7 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes
 
-from ..criterion import refuse_overridden_keys
+from ..build import refuse_overridden_keys
 from .dense import BalancedDenseDetector, balance_arguments, replace_classifier
 from .matching import IoUKeepingMatcher
 

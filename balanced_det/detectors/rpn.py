@@ -11,7 +11,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..criterion import build_criterion, build_sampler, initial_prior, refuse_overridden_keys
+from ..build import build_criterion, build_sampler, initial_prior, refuse_overridden_keys
 from ..errors import InputError
 from ..rows import ignore_others, objectness_labels
 from ..samplers import AllSampler

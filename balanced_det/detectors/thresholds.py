@@ -3,8 +3,8 @@
 import torch
 
 from ..data.registration import training_statistics
+from ..distributed import sum_over_workers
 from ..errors import InputError
-from ..losses.workers import sum_over_workers
 from ..priors import class_adaptive_thresholds
 
 

@@ -11,7 +11,7 @@ that is left to the caller.
 
 import torch
 
-from .workers import sum_over_workers
+from ..distributed import sum_over_workers
 
 
 @torch.no_grad()

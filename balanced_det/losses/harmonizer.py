@@ -29,9 +29,9 @@ training does, then gives the gradient of one process that sees the whole batch.
 import torch
 from torch import nn
 
+from ..distributed import num_workers, sum_over_workers
 from ..errors import InputError
 from ..ops.reference import bin_index
-from .workers import num_workers, sum_over_workers
 
 
 class GradientDensity(nn.Module):
