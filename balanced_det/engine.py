@@ -5,16 +5,14 @@ import logging
 import os
 
 import torch
-import yaml
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.utils import comm
 from tabulate import tabulate
 
-from .config import add_balanced_det_config
+from .config import load_config  # noqa: F401  (imported from here by training scripts)
 from .criterion import Criterion
-from .data.registration import check_num_classes, register_datasets, training_statistics
+from .data.registration import check_num_classes, training_statistics
 from .detectors.counting import fit_to_training_data
 from .errors import InputError
 from .evaluation import build_evaluator
@@ -290,61 +288,3 @@ def _check_writable(key, path):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{key}: '{path}' cannot be written, because of '{folder}'.")
-
-
-def load_config(config_file, opts=(), **overrides):
-    """Read a config file of this project and register the data sets that it names.
-
-    Args:
-        config_file: path of a YAML file.
-        opts: ["KEY", "VALUE", ...] to set after that, as on the command line.
-        overrides: more keys to set, with "__" for each dot.
-
-    Returns:
-        The config, not frozen. A key that does not exist, or a value of the wrong type, is an
-        :class:`InputError`.
-    """
-    cfg = get_cfg()
-    add_balanced_det_config(cfg)
-    _merge_file(cfg, config_file)
-    if len(opts) % 2:
-        raise InputError(f"Not pairs of KEY VALUE: {' '.join(map(str, opts))}.")
-    pairs = [*zip(opts[::2], opts[1::2])]
-    for key, value in [*pairs, *((k.replace("__", "."), v) for k, v in overrides.items())]:
-        try:
-            cfg.merge_from_list([key, value])
-        except _CONFIG_ERRORS as error:
-            raise InputError(f"{key} {value}: {_reason(error)}.") from None
-    if not torch.cuda.is_available() and cfg.MODEL.DEVICE == "cuda":
-        logger.warning("No GPU is available: MODEL.DEVICE is set to cpu.")
-        cfg.MODEL.DEVICE = "cpu"
-    register_datasets(cfg)
-    return cfg
-
-
-# What yacs and Detectron2 raise for a key or value that they refuse.
-_CONFIG_ERRORS = (KeyError, ValueError, TypeError, AssertionError)
-
-
-def _merge_file(cfg, config_file):
-    if not os.path.isfile(config_file):
-        raise InputError(f"The config file '{config_file}' does not exist.")
-    try:
-        with open(config_file, encoding="utf-8") as file:
-            has_keys = isinstance(yaml.safe_load(file), dict)
-        if has_keys:
-            # Detectron2's default may execute code from the file.
-            cfg.merge_from_file(config_file, allow_unsafe=False)
-    except FileNotFoundError as error:
-        raise InputError(f"{config_file}: its _BASE_ '{error.filename}' does not exist.") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{config_file} is no valid YAML: {reason}.") from None
-    except _CONFIG_ERRORS as error:
-        raise InputError(f"{config_file}: {_reason(error)}.") from None
-    if not has_keys:
-        raise InputError(f"The config file '{config_file}' holds no 'KEY: value'.")
-
-
-def _reason(error):
-    return str(error.args[0] if error.args else error).rstrip(".!")

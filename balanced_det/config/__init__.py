@@ -1,0 +1,6 @@
+"""Configuration: every key of this project, and how files and command lines become a config."""
+
+from .keys import add_balanced_det_config
+from .loading import load_config
+
+__all__ = ["add_balanced_det_config", "load_config"]
