@@ -2,5 +2,6 @@
 
 from .keys import add_balanced_det_config
 from .loading import load_config
+from .ranges import check_ranges
 
-__all__ = ["add_balanced_det_config", "load_config"]
+__all__ = ["add_balanced_det_config", "check_ranges", "load_config"]

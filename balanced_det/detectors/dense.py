@@ -4,11 +4,17 @@ import torch
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..build import build_criterion, build_sampler, initial_prior
+from ..build import (
+    build_criterion,
+    build_sampler,
+    build_score_threshold,
+    initial_prior,
+    quota_arguments,
+)
 from ..distributed import num_workers, sum_over_workers
 from ..rows import foreground, ignore_others, level_rows, split_levels
 from ..samplers import AllSampler
-from .thresholds import CountedScoreThreshold, build_score_threshold
+from .thresholds import CountedScoreThreshold
 from .wide_conv import WideConv2d
 
 
@@ -18,7 +24,7 @@ class BalancedDenseDetector(CountedScoreThreshold):
     Args:
         criterion: the :class:`~balanced_det.criterion.Criterion`.
         sampler: which rows take part, see :mod:`balanced_det.samplers`.
-        score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
+        score_threshold: the :class:`~balanced_det.thresholds.ScoreThreshold`.
         prior_prob: the probability that every class starts with.
         rows_per_image, positive_fraction: how many rows a sampler other than "all" takes.
         kwargs: Detectron2's own arguments.
@@ -149,14 +155,13 @@ def balance_arguments(cfg, num_classes, fixed_threshold):
         num_classes: K.
         fixed_threshold: Detectron2's own score threshold.
     """
-    keys = cfg.BALANCE.DENSE
+    sampler = build_sampler(cfg, "DENSE")
     return {
         "criterion": build_criterion(cfg, "DENSE", num_classes),
-        "sampler": build_sampler(cfg, "DENSE"),
+        "sampler": sampler,
         "score_threshold": build_score_threshold(cfg, "DENSE", num_classes, fixed_threshold),
         "prior_prob": initial_prior(cfg, "DENSE"),
-        "rows_per_image": keys.ROWS_PER_IMAGE,
-        "positive_fraction": keys.POSITIVE_FRACTION,
+        **quota_arguments(cfg, "DENSE", sampler),
     }
 
 

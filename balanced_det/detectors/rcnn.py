@@ -18,12 +18,18 @@ from detectron2.modeling.roi_heads.fast_rcnn import _log_classification_stats
 from torch import nn
 from torch.nn import functional as F
 
-from ..build import build_criterion, build_sampler, initial_prior, refuse_overridden_keys
+from ..build import (
+    build_criterion,
+    build_sampler,
+    build_score_threshold,
+    initial_prior,
+    refuse_overridden_keys,
+)
 from ..rows import foreground, ignore_others
 from ..samplers import AllSampler
 from .matching import IoUKeepingMatcher
 from .normalizers import foreground_normalizer
-from .thresholds import CountedScoreThreshold, build_score_threshold
+from .thresholds import CountedScoreThreshold
 
 _REPLACED_KEYS = {
     "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (0.0, "BALANCE.SmoothL1Loss.BETA"),
@@ -39,7 +45,7 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
     Args:
         input_shape: shape of a region's features.
         criterion: the :class:`~balanced_det.criterion.Criterion`.
-        score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
+        score_threshold: the :class:`~balanced_det.thresholds.ScoreThreshold`.
         prior_prob: the probability that every class starts with; None leaves the bias at zero.
         all_rows: all proposals take part, and the losses are per foreground row; otherwise they
             are per sampled row, as Detectron2's.
