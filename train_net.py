@@ -29,8 +29,6 @@ from balanced_det.engine import Trainer, check_run, load_config, print_results
 def configure(args):
     """Return the frozen config of a command line, with its data sets registered."""
     cfg = load_config(args.config_file, args.opts)
-    if args.eval_only:
-        cfg.BALANCE.COUNT = False  # what is counted comes with the checkpoint
     cfg.freeze()
     return cfg
 
@@ -42,7 +40,8 @@ def main(args):
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="balanced_det")
     logger.setLevel(logging.INFO)  # below that, the evaluation library talks about every class
     if args.eval_only:
-        model = Trainer.build_model(cfg)
+        # What is counted comes with the checkpoint.
+        model = Trainer.build_model(cfg, count=False)
         checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
