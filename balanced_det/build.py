@@ -8,8 +8,8 @@ import logging
 from detectron2 import modeling
 
 from .config.keys import SLOTS
-from .config.node import recorded_reads
 from .config.ranges import check_ranges
+from .config.reads import recorded
 from .config.unused import refuse_unused
 from .criterion import Criterion
 from .data.registration import training_statistics
@@ -42,10 +42,11 @@ def build_model(cfg, count: bool = True):
     from . import detectors  # noqa: F401  (registers them; they import this module)
 
     check_ranges(cfg)
-    with counting(count), recorded_reads() as reads:
-        model = modeling.build_model(cfg)
-        if any(isinstance(module, GradientDensity) for module in model.modules()):
-            _ = cfg.BALANCE.GRADIENT_FIGURE_PERIOD  # there is something to draw
+    recording, reads = recorded(cfg)
+    with counting(count):
+        model = modeling.build_model(recording)
+    if any(isinstance(module, GradientDensity) for module in model.modules()):
+        reads.add("BALANCE.GRADIENT_FIGURE_PERIOD")  # there is something to draw
     refuse_unused(cfg, reads)
     return model
 
@@ -196,7 +197,8 @@ def _build_method(cfg, part, slot, **given):
 
 def _parameter(cfg, part, method, key, default):
     """Return a method's parameter: the part's own value, or else the one that all parts share."""
-    value = cfg.BALANCE[part.name].own(method, key)
+    node = cfg.BALANCE[part.name]
+    value = node[method][key] if method in node else None
     if value is None:
         return cfg.BALANCE[method][key]
     fitting = (int, float) if isinstance(default, float) else type(default)

@@ -66,7 +66,7 @@ class Registry:
         return self._methods[name]
 
     def parameters(self, name: str) -> dict:
-        """Return {parameter: default} of the method called ``name``, as its constructor has them."""
+        """Return {parameter: default} of the method called ``name``: its constructor's."""
         return self._parameters_of(self.get(name))
 
     def names(self) -> list[str]:

@@ -18,7 +18,7 @@ from ..pyramid import BalancedFeaturePyramid
 from ..registry import Registry
 from ..samplers import SAMPLERS
 from ..thresholds import SCORE_THRESHOLDS
-from .node import Node, PartNode, leaves
+from .reads import leaves
 
 # Slots of a part, and what the method that each names is.
 SLOTS = {
@@ -43,18 +43,26 @@ _RENAMED = {
 def add_balanced_det_config(cfg: CfgNode) -> None:
     """Add this project's keys to ``cfg``, in place: those of all methods registered by now."""
     methods = _method_keys()
-    cfg.BALANCE = Node(
-        "BALANCE",
-        {
-            **_run_keys(),
-            **{part.name: _part_node(part, methods) for part in PARTS.values()},
-            **{name: Node(f"BALANCE.{name}", keys) for name, keys in methods.items()},
-            "PYRAMID": Node("BALANCE.PYRAMID", _pyramid_keys()),
-        },
-    )
-    cfg.MODEL.FCOS = Node("MODEL.FCOS", _fcos_keys())
+    cfg.BALANCE = CfgNode({**_run_keys(), **methods, "PYRAMID": _pyramid_keys()})
+    for part in PARTS.values():
+        # New keys may be nodes of methods, see add_own_node; any other has no effect, which is
+        # refused when a model is built.
+        cfg.BALANCE[part.name] = CfgNode(_part_keys(part), new_allowed=True)
+    cfg.MODEL.FCOS = CfgNode(_fcos_keys())
     for old, new in _RENAMED.items():
         cfg.register_renamed_key(old, new)
+
+
+def add_own_node(cfg: CfgNode, key: str) -> None:
+    """Add the node in which a part has its own values for a method, where ``key`` is one of these.
+
+    A part has a node of a method only when it is used: ``BALANCE.RPN.SmoothL1Loss`` comes with the
+    key ``BALANCE.RPN.SmoothL1Loss.BETA``. What is None in it is as all parts have it.
+    """
+    match key.split("."):
+        case "BALANCE", part, method, _ if part in PARTS and method in cfg.BALANCE:
+            if method not in cfg.BALANCE[part]:
+                cfg.BALANCE[part][method] = CfgNode(dict.fromkeys(cfg.BALANCE[method]))
 
 
 def default_values() -> dict:
@@ -113,7 +121,7 @@ def _slot_defaults(part: Part):
     return slots
 
 
-def _part_node(part: Part, methods):
+def _part_keys(part: Part):
     keys = {
         **_slot_defaults(part),
         # Weights of the two losses; RPN and region heads multiply Detectron2's own weights with
@@ -137,7 +145,7 @@ def _part_node(part: Part, methods):
         # of foreground rows among them; RPN and region heads have Detectron2's own keys for it.
         keys["ROWS_PER_IMAGE"] = 512
         keys["POSITIVE_FRACTION"] = 0.25
-    return PartNode(f"BALANCE.{part.name}", keys, methods)
+    return keys
 
 
 def _method_keys():

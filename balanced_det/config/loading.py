@@ -13,7 +13,7 @@ from ..data.registration import register_datasets
 from ..errors import InputError
 from .files import Layer, read_layers
 from .imports import import_modules, resolve_imports
-from .keys import add_balanced_det_config, slot_keys
+from .keys import add_balanced_det_config, add_own_node, slot_keys
 from .ranges import check_ranges
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ def _set(cfg, key, value, source):
             f"{cfg.VERSION}."
         )
     try:
+        add_own_node(cfg, key)
         cfg.merge_from_list([key, _number(cfg, key, value)])
     except _CONFIG_ERRORS as error:
         where = f"{key} {value}" if source == COMMAND_LINE else source
@@ -107,14 +108,22 @@ def _set(cfg, key, value, source):
 
 
 def _number(cfg, key, value):
-    """Return an integer as a float where the key holds one: 1 for 1.0, which yacs refuses."""
-    decoded = CfgNode._decode_cfg_value(value)
-    try:
-        default = _value(cfg, key)
-    except (KeyError, TypeError):
-        return value  # for yacs to refuse
-    if isinstance(default, float) and type(decoded) is int:
-        return float(decoded)
+    """Return an integer as a float where the key holds one: 1 for 1.0, which yacs refuses.
+
+    What is no key at all is left to yacs to refuse; it does not tell nodes from values.
+    """
+    *parents, name = key.split(".")
+    node = cfg
+    for parent in parents:
+        node = node.get(parent)
+        if not isinstance(node, CfgNode):
+            if node is not None:
+                raise ValueError(f"{key}: {parent} is a value, and has no key '{name}'")
+            return value
+    if isinstance(node.get(name), CfgNode):
+        raise ValueError(f"{key} holds keys, it is no value to set")
+    if isinstance(node.get(name), float) and type(CfgNode._decode_cfg_value(value)) is int:
+        return float(CfgNode._decode_cfg_value(value))
     return value
 
 

@@ -1,7 +1,7 @@
 """What is configured is what trains: a key that was set and that no built object reads is refused.
 
 The objects of a model are built from the config while its reads are recorded
-(:func:`balanced_det.config.node.recorded_reads`), and each reads no key that has no effect on it. A
+(:func:`balanced_det.config.reads.recorded`), and each reads no key that has no effect on it. A
 key whose value is not its default and that nothing read would be ignored, so it is refused. One
 thing is allowed: a parameter of a method that had an effect where it was set, when a file on top of
 that, or the command line, has exchanged the method in its slot.
@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from ..errors import InputError
 from ..parts import PARTS
 from .keys import PYRAMID_BUILDER, default_values
-from .node import leaves
+from .reads import leaves
 
 logger = logging.getLogger(__name__)
 

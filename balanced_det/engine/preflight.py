@@ -3,7 +3,6 @@
 import logging
 import os
 
-import torch
 from detectron2.data import DatasetCatalog
 
 from ..data.registration import training_statistics
