@@ -11,7 +11,8 @@ from balanced_det.engine import check_model_classes, load_config, train_only
 from balanced_det.errors import InputError
 
 FOLDER = Path(__file__).parents[1] / "configs"
-FILES = sorted(FOLDER.rglob("*.yaml"))
+FRAGMENTS = FOLDER / "methods"
+FILES = sorted(path for path in FOLDER.rglob("*.yaml") if FRAGMENTS not in path.parents)
 METHODS = [path for path in FILES if not path.name.startswith("Base-")]
 # "A few lines over a base": what a method and detector changes, with its comment.
 MAX_LINES = 25
