@@ -118,7 +118,7 @@ def build_sampler(cfg, part):
 
 def quota_arguments(cfg, part, sampler) -> dict:
     """Return how many rows a sampler takes, as arguments; none for one that takes all rows."""
-    if _takes_all(sampler):
+    if sampler.takes_all:
         return {}
     node = cfg.BALANCE[_part(part).name]
     return {"rows_per_image": node.ROWS_PER_IMAGE, "positive_fraction": node.POSITIVE_FRACTION}
@@ -157,10 +157,6 @@ def _value(cfg, key):
     return functools.reduce(dict.__getitem__, key.split("."), cfg)
 
 
-def _takes_all(sampler):
-    return type(sampler).__name__ == "AllSampler"
-
-
 def _build_classification_loss(cfg, part, num_classes):
     key = f"BALANCE.{part.name}.CLASSIFICATION_LOSS"
     name = cfg.BALANCE[part.name].CLASSIFICATION_LOSS
@@ -172,8 +168,8 @@ def _build_classification_loss(cfg, part, num_classes):
     loss = _build_method(cfg, part, "CLASSIFICATION_LOSS", num_classes=num_classes)
     if not part.has_classes and loss.num_logits != 1:
         raise InputError(f"{key}: '{name}' is a softmax loss; RPN predicts one logit an anchor.")
-    sampler = cfg.BALANCE[part.name].SAMPLER
-    if part.name == "ROI_HEADS" and loss.sampled_rows_warning and sampler != "AllSampler":
+    sampler = SLOTS["SAMPLER"].get(cfg.BALANCE[part.name].SAMPLER, f"BALANCE.{part.name}.SAMPLER")
+    if part.name == "ROI_HEADS" and loss.sampled_rows_warning and not sampler.takes_all:
         logger.warning("%s: '%s': %s.", key, name, loss.sampled_rows_warning)
     return loss
 

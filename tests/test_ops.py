@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from balanced_det import ops
 from balanced_det.errors import InputError
-from balanced_det.ops import reference
+from balanced_det.ops import choice, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = [("reference", "cpu")]
@@ -535,10 +535,10 @@ def test_implementation_is_chosen_by_name(monkeypatch):
         ops.implementation("numba"),
     ):
         pass
-    monkeypatch.setattr(ops, "_choice", "fast")  # As BALANCED_DET_OPS=fast leaves it.
+    monkeypatch.setattr(choice, "_choice", "fast")  # As BALANCED_DET_OPS=fast leaves it.
     with pytest.raises(InputError, match="BALANCED_DET_OPS is 'fast'"):
         ops.sigmoid_loss(logits, labels)
-    monkeypatch.setattr(ops, "_choice", "triton")
+    monkeypatch.setattr(choice, "_choice", "triton")
     with pytest.raises(InputError, match="float64"):
         ops.sigmoid_loss(logits.double(), labels)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -13,42 +13,23 @@ with different small tables for w. It reads each logit once and writes each grad
 else of the logits' size is allocated.
 
 Two implementations share one meaning: plain torch (:mod:`.reference`) and Triton kernels
-(:mod:`.triton_kernels`). The environment variable ``BALANCED_DET_OPS`` or :func:`implementation`
-chooses: ``auto`` (Triton for float32, bfloat16 and float16 logits on CUDA where Triton is
-installed, the reference otherwise), ``reference`` or ``triton``.
+(:mod:`.triton_kernels`); :mod:`.choice` says which serves a call. :mod:`.nms` suppresses the
+overlapping boxes of many groups at once.
 """
 
-import contextlib
 import functools
-import importlib.util
-import os
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
 from . import reference
+from .choice import implementation, uses_triton
 from .layout import empty_gradient
 
 __all__ = ["gradient_histogram", "implementation", "sigmoid_loss"]
 
-_CHOICES = ("auto", "reference", "triton")
 _MAX_DIM = 5  # (N, H, W, A, K), what a dense head makes.
-
-_choice = os.environ.get("BALANCED_DET_OPS", "auto")
-
-
-@contextlib.contextmanager
-def implementation(name):
-    """Within this context use ``"reference"``, ``"triton"`` or ``"auto"`` (see the module)."""
-    global _choice
-    if name not in _CHOICES:
-        raise InputError(f"Unknown implementation '{name}'; known are: {', '.join(_CHOICES)}.")
-    previous, _choice = _choice, name
-    try:
-        yield
-    finally:
-        _choice = previous
 
 
 def sigmoid_loss(
@@ -229,29 +210,7 @@ def _table(name, table, length, logits, dtype):
 
 
 def _backend(logits):
-    if _choice not in _CHOICES:
-        raise InputError(
-            f"BALANCED_DET_OPS is '{_choice}'; it must be one of: {', '.join(_CHOICES)}."
-        )
-    if _choice == "reference":
-        return reference
-    if _choice == "auto":
-        usable = logits.is_cuda and logits.dtype != torch.float64 and _triton_is_installed()
-        return _triton_kernels() if usable else reference
-    if logits.dtype == torch.float64:
-        raise InputError("The Triton implementation of balanced_det.ops has no float64.")
-    if not logits.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise InputError(
-            f"The Triton implementation of balanced_det.ops cannot run on {logits.device}."
-        )
-    if not _triton_is_installed():
-        raise InputError("The Triton implementation was chosen, but triton is not installed.")
-    return _triton_kernels()
-
-
-@functools.cache
-def _triton_is_installed():
-    return importlib.util.find_spec("triton") is not None
+    return _triton_kernels() if uses_triton(logits) else reference
 
 
 @functools.cache
