@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from timing import synchronize
 
 import balanced_det.detectors  # noqa: F401  (registers them)
+from balanced_det.build import build_model
 from balanced_det.config import add_balanced_det_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -89,10 +89,9 @@ def build(config, device, opts):
     add_balanced_det_config(cfg)
     cfg.merge_from_file(str(CONFIGS / config), allow_unsafe=False)
     cfg.MODEL.DEVICE = device
-    cfg.BALANCE.COUNT = False
     cfg.merge_from_list(opts)
     torch.manual_seed(0)
-    model = build_model(cfg).train()
+    model = build_model(cfg, count=False).train()
     for name, module in model.named_modules():
         if name.endswith("conv3.norm"):
             # Untrained, frozen batch normalization lets activations grow from block to block.

@@ -57,11 +57,20 @@ class ClassificationLoss(nn.Module):
     Attributes:
         num_classes: K, the number of object classes.
         num_logits: channels of a row; the detector sizes its last layer by it.
+        needs: names of the constructor's arguments that are counted in the training set:
+            "class_frequency" (K,) or "class_counts" (K,).
+        refused_on: {name of a part: why the method cannot work on it}.
+        sampled_rows_warning: why the method does badly on the few rows that a sampler leaves of a
+            region head; None where it does not.
 
     A subclass implements :meth:`scaled_sum`, :meth:`row_losses`, :meth:`scores` and
     :meth:`initial_bias`. What it keeps between steps it keeps in buffers, so that a checkpoint
     holds it.
     """
+
+    needs = ()
+    refused_on = {}
+    sampled_rows_warning = None
 
     def __init__(self, num_classes, num_logits):
         super().__init__()
