@@ -36,6 +36,32 @@ def _add_data_keys(balance):
     # Every so many iterations, draw the gradient lengths of every GHM loss of the model (Fig. 1 of
     # arXiv 1811.05181) into OUTPUT_DIR/gradients and TensorBoard; 0 never does. Needs matplotlib.
     balance.GRADIENT_FIGURE_PERIOD = 0
+    _add_trust_keys(balance)
+
+
+def _add_trust_keys(balance):
+    # MODEL.WEIGHTS of an earlier run brings its weights alone; what was counted (class frequencies,
+    # row counts, gradient statistics) is that of this run's "data". "checkpoint" takes the
+    # checkpoint's instead, as --resume and --eval-only do.
+    balance.STATISTICS = "data"
+    # Load a checkpoint that was trained on classes of other names, or in another order.
+    balance.OTHER_CLASSES = False
+    # SHA-256 digests of pickled weights that may run code when they are loaded.
+    balance.TRUSTED_WEIGHTS = []
+    # Evaluate a model of which MODEL.WEIGHTS brings only a part; the rest has random weights.
+    balance.UNTRAINED = False
+    # --resume starts where OUTPUT_DIR holds no checkpoint, as a job that may be preempted wants.
+    balance.RESUME_OR_START = False
+    # Start over in an OUTPUT_DIR that holds a run's checkpoints; they are removed.
+    balance.OVERWRITE = False
+    # How many steps of a run may be skipped because a loss or gradient is not finite.
+    balance.SKIP_BAD_STEPS = 0
+    # How many broken training images may be replaced by others; a worker counts its own.
+    balance.SKIP_BROKEN_IMAGES = 0
+    # What SOLVER.AMP computes in: "float16", which scales gradients, or "bfloat16".
+    balance.AMP_DTYPE = "float16"
+    # Batches of SOLVER.IMS_PER_BATCH images a step; its gradient is their mean.
+    balance.ACCUMULATE_STEPS = 1
 
 
 def _add_slots(balance):
