@@ -2,6 +2,7 @@
 
 import logging
 import os
+import traceback
 
 import torch
 import yaml
@@ -81,17 +82,24 @@ def _check_model(cfg, eval_only, resumes):
         model = Trainer.build_model(cfg)
         if not eval_only:
             Trainer.build_optimizer(cfg, model)
-    except KeyError as error:
-        # Detectron2's registries; any other KeyError is a bug to be seen.
-        if "registry" not in str(error):
-            raise
-        raise InputError(f"The model cannot be built: {error.args[0].rstrip('!')}.") from None
+    except InputError:
+        raise
+    except Exception as error:  # Detectron2 and torch raise nearly anything for a wrong value
+        raise InputError(f"The model cannot be built: {_told(error)}.") from error
     if not resumes and not is_local(cfg.MODEL.WEIGHTS):
         return
     if eval_only:
         load_trained(model, cfg, resumes)
     elif resumes or cfg.MODEL.WEIGHTS:
         load_weights(build_checkpointer(model, cfg, cfg.DATASETS.TRAIN), cfg, resumes)
+
+
+def _told(error):
+    """Return what an exception says and, since that may be little, where it was raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error.args[0] if error.args else error).rstrip("!.")
+    place = f"{os.path.basename(where.filename)}, line {where.lineno}"
+    return f"{' '.join(text.split()) or where.line} ({type(error).__name__} in {place})"
 
 
 def _check_loader(cfg, num_workers):
