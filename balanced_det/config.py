@@ -16,6 +16,7 @@ def add_balanced_det_config(cfg):
     _add_slots(cfg.BALANCE)
     _add_method_parameters(cfg.BALANCE)
     _add_fcos_keys(cfg)
+    _add_sampler_keys(cfg)
 
 
 def _add_data_keys(balance):
@@ -175,3 +176,11 @@ def _add_fcos_keys(cfg):
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
     cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
     cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+
+
+def _add_sampler_keys(cfg):
+    # Detectron2 has the samplers that read these, but no keys for them. The share of the images
+    # that RandomSubsetTrainingSampler draws from.
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
+    # [name, weight] of training sets for the two weighted samplers; others weigh 1.
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = []

@@ -88,8 +88,9 @@ def read_voc(root, splits=None):
 def _read_voc_file(path, image_root, file_names):
     if path.stem not in file_names:
         raise InputError(f"The image of '{path}' is missing in '{image_root}'.")
+    text = _text(path)
     try:
-        root = ElementTree.fromstring(_text(path))
+        root = ElementTree.fromstring(text)
         size = [float(root.findtext(f"size/{key}") or 0) for key in ("width", "height")]
         objects = []
         for element in root.iter("object"):
@@ -185,12 +186,13 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def _yolo_settings(path):
+    text = _text(path)
     try:
-        settings = yaml.load(_text(path), _PlainLoader)
+        settings = yaml.load(text, _PlainLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(f"'{path}' is no readable YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(settings, dict) or settings.get("names") is None:
-        raise InputError(f"'{path}' is no YOLO data file with 'names'.")
+        raise InputError(f"'{path}' is no readable YOLO data file with 'names'.")
     return settings
 
 
@@ -214,8 +216,8 @@ def _yolo_names(names, path):
         missing = sorted(set(range(len(by_index))) - by_index.keys())
         if missing:
             raise InputError(
-                f"'{path}': 'names' has {len(by_index)} classes, but not number {missing[0]}: their "
-                "numbers must be 0, 1, 2 and so on, without a gap."
+                f"'{path}': 'names' has {len(by_index)} classes, but not number {missing[0]}: "
+                "their numbers must be 0, 1, 2 and so on, without a gap."
             )
         names = [by_index[index] for index in range(len(by_index))]
     if not isinstance(names, list) or not names:
@@ -227,9 +229,9 @@ def _yolo_names(names, path):
                 "quote it."
             )
     names = [str(name).strip() for name in names]
-    nc = [name for name in names if names.count(name) > 1]
-    if nc:
-        raise InputError(f"'{path}': 'names' has '{nc[0]}' twice.")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"'{path}': 'names' has '{twice[0]}' twice.")
     for name in names:
         _check_name(name, path)
     return names
@@ -398,7 +400,9 @@ def convert(reader, root, out, splits=None, overwrite=False):
 
 def _check_name(name, path):
     if not name or printable(name) != name:
-        raise InputError(f"'{path}': the class name {name!r} is empty or holds a control character.")
+        raise InputError(
+            f"'{path}': the class name {name!r} is empty or holds a control character."
+        )
 
 
 def _short(value, length=60):
@@ -410,15 +414,21 @@ def _text(path):
     """Return the text of a regular file of at most ``MAX_TEXT_BYTES`` in UTF-8."""
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"'{path}' is no file.")
-        if status.st_size > MAX_TEXT_BYTES:
-            raise InputError(f"'{path}' has {status.st_size} bytes, too many for what it should be.")
-        return Path(path).read_bytes().decode("utf-8-sig")
+        text = _content(path) if stat.S_ISREG(status.st_mode) else None
     except OSError:
         raise InputError(f"'{path}' does not exist or cannot be read.") from None
     except ValueError:  # broken UTF-8, or a path that cannot be
         raise InputError(f"'{path}' is no text in UTF-8.") from None
+    if text is None:
+        raise InputError(f"'{path}' is no file, or has more than {MAX_TEXT_BYTES} bytes.")
+    return text
+
+
+def _content(path):
+    """Return the text of a file, None where it is too long."""
+    with open(path, "rb") as file:
+        content = file.read(MAX_TEXT_BYTES + 1)
+    return content.decode("utf-8-sig") if len(content) <= MAX_TEXT_BYTES else None
 
 
 def _lines(path):

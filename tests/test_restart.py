@@ -7,16 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from detectron2.data import build_detection_train_loader
 
 from balanced_det.data import shapes
-from balanced_det.data.loader import BatchStream, TrainLoader
-from balanced_det.engine import load_config
-from balanced_det.engine.checkpoint import damage, saved_checkpoints
-from balanced_det.seeds import derived_seed, seeded
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 6
@@ -97,9 +91,7 @@ def command(data, out, detector, *flags, **changes):
 
 
 def run(*arguments, **changes):
-    done = subprocess.run(
-        command(*arguments, **changes), cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run(command(*arguments, **changes), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
