@@ -8,6 +8,7 @@ from ..build import build_criterion, build_sampler, initial_prior
 from ..distributed import num_workers, sum_over_workers
 from ..rows import foreground, ignore_others, level_rows, split_levels
 from ..samplers import AllSampler
+from .inference import dense_detections
 from .thresholds import CountedScoreThreshold, build_score_threshold
 from .wide_conv import WideConv2d
 
@@ -124,6 +125,22 @@ class BalancedDenseDetector(CountedScoreThreshold):
             overwrite_logits=True,
         )
         return losses, (image, anchor)
+
+    def _detections(self, anchors, logits, deltas, images, centerness=None):
+        """Return one ``Instances`` an image; see :func:`.inference.dense_detections`."""
+        return dense_detections(
+            anchors,
+            logits,
+            deltas,
+            images.image_sizes,
+            self.criterion,
+            self.box2box_transform,
+            score_threshold=self.test_score_thresh,
+            topk_per_level=self.test_topk_candidates,
+            nms_threshold=self.test_nms_thresh,
+            detections_per_image=self.max_detections_per_image,
+            centerness=centerness,
+        )
 
     def _update_normalizer(self, num_foreground, momentum=0.9):
         count = self.loss_normalizer.new_tensor(float(max(num_foreground, 1)))

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..build import build_criterion, build_sampler, initial_prior, refuse_overridden_keys
 from ..rows import foreground, ignore_others
 from ..samplers import AllSampler
+from .inference import region_detections
 from .matching import IoUKeepingMatcher
 from .normalizers import foreground_normalizer
 from .thresholds import CountedScoreThreshold, build_score_threshold
@@ -142,6 +143,23 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         scores = F.pad(self.criterion.scores(predictions[0]), (0, 1))
         return scores.split([len(p) for p in proposals])
 
+    def inference(self, predictions, proposals):
+        """Return (detections, rows), see :func:`.inference.region_detections`."""
+        logits, deltas = predictions
+        return self.detections(self.criterion.scores(logits), deltas, proposals)
+
+    def detections(self, scores, deltas, proposals):
+        """Return (detections, rows) of given scores (R, K) and deltas (R, 4) or (R, 4 K)."""
+        return region_detections(
+            scores,
+            deltas,
+            proposals,
+            self.box2box_transform,
+            score_threshold=self.test_score_thresh,
+            nms_threshold=self.test_nms_thresh,
+            detections_per_image=self.test_topk_per_image,
+        )
+
     @torch.no_grad()
     def _ignore_easy_rows(self, logits, proposals):
         losses = self.criterion.classification_loss.row_losses(
@@ -234,6 +252,22 @@ class BalancedCascadeROIHeads(_BalancedSampling, CascadeROIHeads):
             proposal_matchers=[IoUKeepingMatcher(m) for m in proposal_matchers], **kwargs
         )
         self.sampler = sampler
+
+    def _forward_box(self, features, proposals, targets=None):
+        """Run all stages; see ``CascadeROIHeads``. Scores are the mean over the stages."""
+        if self.training:
+            return super()._forward_box(features, proposals, targets)
+        features = [features[name] for name in self.box_in_features]
+        image_sizes = [p.image_size for p in proposals]
+        scores, boxes = 0, None
+        for stage, predictor in enumerate(self.box_predictor):
+            if stage > 0:
+                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
+            predictions = self._run_stage(features, proposals, stage)
+            scores = scores + predictor.criterion.scores(predictions[0])  # (R, K)
+            boxes = predictor.predict_boxes(predictions, proposals)
+        scores = scores * (1.0 / self.num_cascade_stages)
+        return predictor.detections(scores, predictions[1], proposals)[0]
 
     def _match_and_label_boxes(self, proposals, stage, targets):
         # A later stage gets the boxes of the one before. Detectron2 trains on all of them; a

@@ -57,11 +57,15 @@ class ClassificationLoss(nn.Module):
     Attributes:
         num_classes: K, the number of object classes.
         num_logits: channels of a row; the detector sizes its last layer by it.
+        scores_rise_with_logits: every score is one and the same function of its own logit, and
+            never falls where that rises. Inference then ranks logits.
 
     A subclass implements :meth:`scaled_sum`, :meth:`row_losses`, :meth:`scores` and
     :meth:`initial_bias`. What it keeps between steps it keeps in buffers, so that a checkpoint
     holds it.
     """
+
+    scores_rise_with_logits = False
 
     def __init__(self, num_classes, num_logits):
         super().__init__()
@@ -147,6 +151,8 @@ class SigmoidLoss(ClassificationLoss):
     A subclass is a set of small tables (:meth:`tables`); logits are read where they lie, never
     concatenated.
     """
+
+    scores_rise_with_logits = True
 
     def __init__(self, num_classes):
         super().__init__(num_classes, num_logits=num_classes)
