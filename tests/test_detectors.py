@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from balanced_det.criterion import Criterion
-from balanced_det.detectors.normalizers import foreground_normalizer
 from balanced_det.errors import InputError
 from balanced_det.losses import CLASSIFICATION_LOSSES
 from balanced_det.priors import prior_bias
 from balanced_det.rows import foreground, level_rows
 from balanced_det.samplers import SAMPLERS, AllSampler
+from balanced_det.selection import PerForegroundRow, Quota, Rows, Sampler, Selection
 
 PART = {name: "DENSE" if name in ("retinanet", "fcos") else "ROI_HEADS" for name in DETECTORS}
 SAMPLING_FREE = {
@@ -156,7 +156,7 @@ def test_one_class_is_enough_for_softmax(name):
 )
 def test_dense_detectors_train_on_the_sampled_rows_alone(name, sampler):
     model = build(name, {"BALANCE.DENSE.SAMPLER": sampler})
-    model.rows_per_image, model.positive_fraction = 20, 0.1
+    model.selection.quota = Quota(20, 0.1)
     with recorded_rows(model.criterion) as calls:
         train_step(model, batch((2, 3)))
     ((_, labels),) = calls
@@ -192,14 +192,11 @@ def test_ohem_keeps_the_hardest_rows_of_each_kind(name, part):
         for parameter in owner.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     if part == "DENSE":
-        owner.rows_per_image = 24
+        owner.selection.quota = Quota(24, 0.25)
 
     with recorded_rows(owner.criterion) as calls:
         train_step(model, batch((3,)))
-        if part == "ROI_HEADS":
-            owner.hard_sampler = None
-        else:
-            owner.sampler = AllSampler()
+        owner.selection.sampler = AllSampler()
         train_step(model, batch((3,)))
     (logits, chosen), (_, labels) = calls
     losses = owner.criterion.classification_loss.row_losses(logits, labels)
@@ -324,11 +321,56 @@ def test_region_head_without_any_proposal_gives_zeros_that_backpropagate(loss):
 
 
 def test_normalizer_counts_foreground_or_else_all_rows():
-    labels = torch.tensor([[0, 2, -1], [2, 1, 2]])
-    valid = labels >= 0
-    assert foreground_normalizer(foreground(labels, 2), valid) == 2
-    assert foreground_normalizer(torch.zeros_like(valid), valid) == 5
-    assert foreground_normalizer(torch.zeros_like(valid), torch.zeros_like(valid)) == 0
+    for labels, expected in (
+        ([[0, 2, -1], [2, 1, 2]], 2),
+        ([[2, 2, -1], [2, 2, 2]], 5),
+        ([[-1, -1, -1]], 0),
+    ):
+        assert PerForegroundRow()(Rows(torch.tensor(labels), 2), None) == expected
+
+
+class EveryRow(Sampler):
+    """A sampler of one's own that takes all rows."""
+
+    takes_all = True
+
+    def __call__(self, rows, quota, generator=None):
+        return rows.takes_part
+
+
+@each_detector
+def test_a_sampler_of_ones_own_that_takes_all_rows_trains_as_ours(name):
+    losses = []
+    for sampler in (AllSampler(), EveryRow()):
+        model = build(name, {f"BALANCE.{part}.SAMPLER": "AllSampler" for part in ("DENSE", "RPN")})
+        for module in model.modules():
+            if isinstance(module, Selection):
+                module.sampler = sampler
+                if module is not getattr(model, "selection", None):
+                    module.divisor = Selection(sampler).divisor
+        losses.append(train_step(model, batch()))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("sampler", ["OHEMSampler", "RandomSampler"])
+def test_losses_leave_what_they_are_given_as_it_is(sampler):
+    model = build("mask", {"BALANCE.ROI_HEADS.SAMPLER": sampler})
+    heads = model.roi_heads
+    heads.box_predictor.losses, losses = record_calls(heads.box_predictor.losses)
+    train_step(model, batch())
+    ((_, proposals), before) = losses[0]
+    for p, labels in zip(proposals, before, strict=True):
+        assert torch.equal(p.gt_classes, labels)
+
+
+def record_calls(losses):
+    calls = []
+
+    def wrapped(predictions, proposals):
+        calls.append(((predictions, proposals), [p.gt_classes.clone() for p in proposals]))
+        return losses(predictions, proposals)
+
+    return wrapped, calls
 
 
 @each_loss

@@ -52,7 +52,7 @@ def count_rows(part, backbone, cfg, dataset_dicts, population=None):
     counted.
 
     Args:
-        part: what labels rows: has ``num_classes``, ``label_rows(features, instances)`` and
+        part: what labels rows: has ``num_classes``, ``label_rows(features, [instances])`` and
             ``row_features``, the names of the backbone's feature maps.
         backbone: Detectron2 ``Backbone``; only its strides are used.
         cfg: the config, for the input resizing.
@@ -77,7 +77,7 @@ def count_rows(part, backbone, cfg, dataset_dicts, population=None):
             )
             for s in strides
         ]
-        labels = part.label_rows(features, instances)  # (R,)
+        labels = part.label_rows(features, [instances])  # (1, R)
         num_foreground = foreground(labels, part.num_classes).sum().item()
         num_objects = len(objects(record["annotations"]))
         counts.append((num_foreground, (labels >= 0).sum().item(), num_objects))
