@@ -48,6 +48,11 @@ class Criterion(nn.Module):
         """Logits a row needs: K, or K + 1 for a softmax loss."""
         return self.classification_loss.num_logits
 
+    @property
+    def scores_rise_with_logits(self):
+        """Whether :meth:`scores` orders any two logits as they are, see ``ClassificationLoss``."""
+        return self.classification_loss.scores_rise_with_logits
+
     def forward(self, logits, labels, boxes, normalizer, **options):
         """Return ``{"loss_cls": scalar, "loss_box_reg": scalar}``.
 

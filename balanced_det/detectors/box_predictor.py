@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..build import build_criterion, build_sampler, build_score_threshold, initial_prior
 from ..rows import nonzero
 from ..selection import Rows, Selection
+from .inference import region_detections
 from .matching import pad
 from .thresholds import CountedScoreThreshold
 
@@ -136,6 +137,23 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
             storage.put_scalar("fast_rcnn/fg_cls_accuracy", right_foreground / num_foreground)
             storage.put_scalar("fast_rcnn/false_negative", missed / num_foreground)
         return num_foreground
+
+    def inference(self, predictions, proposals):
+        """Return (detections, rows), see :func:`.inference.region_detections`."""
+        logits, deltas = predictions
+        return self.detections(self.criterion.scores(logits), deltas, proposals)
+
+    def detections(self, scores, deltas, proposals):
+        """Return (detections, rows) of given scores (R, K) and deltas (R, 4) or (R, 4 K)."""
+        return region_detections(
+            scores,
+            deltas,
+            proposals,
+            self.box2box_transform,
+            score_threshold=self.test_score_thresh,
+            nms_threshold=self.test_nms_thresh,
+            detections_per_image=self.test_topk_per_image,
+        )
 
     def predict_probs(self, predictions, proposals):
         """Return one (Ri, K + 1) tensor an image, of which Detectron2 drops the last column."""

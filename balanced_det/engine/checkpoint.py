@@ -14,9 +14,9 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
-from ..detectors.thresholds import ScoreThreshold
 from ..errors import InputError, NonFiniteError
 from ..losses.base import BoxLoss, ClassificationLoss
+from ..thresholds import ScoreThreshold
 from .classes import compare_classes, dataset_classes
 
 logger = logging.getLogger(__name__)

@@ -62,6 +62,8 @@ class ClassificationLoss(nn.Module):
         refused_on: {name of a part: why the method cannot work on it}.
         sampled_rows_warning: why the method does badly on the few rows that a sampler leaves of a
             region head; None where it does not.
+        scores_rise_with_logits: every score is one and the same function of its own logit, and
+            never falls where that rises. Inference then ranks logits.
 
     A subclass implements :meth:`scaled_sum`, :meth:`row_losses`, :meth:`scores` and
     :meth:`initial_bias`. What it keeps between steps it keeps in buffers, so that a checkpoint
@@ -71,6 +73,7 @@ class ClassificationLoss(nn.Module):
     needs = ()
     refused_on = {}
     sampled_rows_warning = None
+    scores_rise_with_logits = False
 
     def __init__(self, num_classes, num_logits):
         super().__init__()
@@ -156,6 +159,8 @@ class SigmoidLoss(ClassificationLoss):
     A subclass is a set of small tables (:meth:`tables`); logits are read where they lie, never
     concatenated.
     """
+
+    scores_rise_with_logits = True
 
     def __init__(self, num_classes):
         super().__init__(num_classes, num_logits=num_classes)
