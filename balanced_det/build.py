@@ -1,16 +1,17 @@
 """Where a config file becomes objects: parts of ``BALANCE`` are read, what cannot work refused."""
 
 import functools
-import inspect
 import logging
 import operator
 
 from detectron2.config import CfgNode
 
+from .calibration import SCORE_CALIBRATIONS
 from .criterion import Criterion
 from .data.registration import training_statistics
 from .errors import InputError
 from .losses import BOX_LOSSES, CLASSIFICATION_LOSSES
+from .priors import class_weights
 from .samplers import SAMPLERS
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,12 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
         classification_loss.initial_bias(initial_prior(cfg, part))
     except InputError as error:
         raise InputError(f"BALANCE.{part}.PRIOR_PROB: {error}") from None
+    calibration = _build_calibration(cfg, part, num_classes)
+    if calibration is not None:
+        try:
+            calibration.check(classification_loss)
+        except InputError as error:
+            raise InputError(f"BALANCE.{part}.SCORE_CALIBRATION: {error}") from None
     return Criterion(
         classification_loss,
         _configured(cfg, BOX_LOSSES, f"BALANCE.{part}.BOX_LOSS", node.BOX_LOSS),
@@ -38,6 +45,7 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
         box_weight=node.BOX_WEIGHT * box_weight,
         guided=node.GUIDED_LOSS,
         guided_factor=node.GUIDED_FACTOR,
+        calibration=calibration,
     )
 
 
@@ -72,28 +80,68 @@ def _value(cfg, key):
 
 def _build_classification_loss(cfg, part, num_classes):
     key, name = f"BALANCE.{part}.CLASSIFICATION_LOSS", cfg.BALANCE[part].CLASSIFICATION_LOSS
-    extra = {"num_classes": num_classes}
     method = CLASSIFICATION_LOSSES.get(name, key)
-    if "class_frequency" in inspect.signature(method).parameters:
-        if part == "RPN":
-            raise InputError(f"{key}: '{name}' weighs classes by frequency; objectness has none.")
-        # None: the frequencies come with the checkpoint.
-        extra["class_frequency"] = training_statistics(cfg).frequency if cfg.BALANCE.COUNT else None
+    if part in method.refused_on:
+        raise InputError(f"{key}: '{name}' is refused here: {method.refused_on[part]}.")
+    extra = {"num_classes": num_classes, **_statistics(cfg, method.needs)}
     loss = _configured(cfg, CLASSIFICATION_LOSSES, key, name, **extra)
     if part == "RPN" and loss.num_logits != 1:
-        raise InputError(f"{key}: '{name}' is a softmax loss; RPN predicts one logit an anchor.")
+        raise InputError(
+            f"{key}: '{name}' has {loss.num_logits} logits; RPN predicts one logit an anchor."
+        )
+    _weigh_classes(cfg, part, loss)
     sampler = cfg.BALANCE[part].SAMPLER
-    if part == "ROI_HEADS" and hasattr(loss, "gradient_density") and sampler != "AllSampler":
-        # https://github.com/libuyu/GHM_Detection/issues/15
+    if part == "ROI_HEADS" and loss.sampled_rows_warning and sampler != "AllSampler":
         logger.warning(
-            "%s: '%s' is known not to work on the sampled rows of a region head, say its authors: "
-            "%s has already removed the imbalance that it harmonizes. Use it in BALANCE.RPN or "
-            "BALANCE.DENSE, or set BALANCE.ROI_HEADS.SAMPLER to 'AllSampler'.",
+            "%s: '%s' with the sampler '%s': %s. Use it in BALANCE.RPN or BALANCE.DENSE, or set "
+            "BALANCE.ROI_HEADS.SAMPLER to 'AllSampler'.",
             key,
             name,
             sampler,
+            loss.sampled_rows_warning,
         )
     return loss
+
+
+def _statistics(cfg, needs):
+    """Return the counted statistics that a method needs, by name."""
+    if not needs or not cfg.BALANCE.COUNT:
+        return dict.fromkeys(needs)  # None: they come with the checkpoint.
+    counted = training_statistics(cfg)
+    known = {"class_frequency": counted.frequency, "class_counts": counted.image_count}
+    return {name: known[name] for name in needs}
+
+
+def _weigh_classes(cfg, part, loss):
+    keys = cfg.BALANCE[part]
+    if keys.CLASS_WEIGHTS is None:
+        return
+    weights = keys.CLASS_WEIGHTS
+    try:
+        if isinstance(weights, str):
+            if part == "RPN":
+                raise InputError("objectness has no classes to count")
+            method = "inverse" if weights == "auto" else weights
+            counts = _statistics(cfg, ("class_counts",))["class_counts"]
+            # Also without counts, so that a wrong name is found.
+            weights = class_weights(
+                [1] if counts is None else counts, method, keys.CLASS_WEIGHT_STRENGTH
+            )
+            weights = None if counts is None else weights
+        loss.weigh_classes(weights)
+    except InputError as error:
+        raise InputError(f"BALANCE.{part}.CLASS_WEIGHTS: {error}") from None
+
+
+def _build_calibration(cfg, part, num_classes):
+    name = cfg.BALANCE[part].get("SCORE_CALIBRATION", "")
+    if not name:
+        return None
+    key = f"BALANCE.{part}.SCORE_CALIBRATION"
+    needs = SCORE_CALIBRATIONS.get(name, key).needs
+    return _configured(
+        cfg, SCORE_CALIBRATIONS, key, name, num_classes=num_classes, **_statistics(cfg, needs)
+    )
 
 
 def _configured(cfg, registry, key, name, **extra):

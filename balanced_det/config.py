@@ -68,6 +68,11 @@ def _part(classification_loss, sampler, prior_prob):
     # Weights of the two losses; RPN and region heads multiply Detectron2's own weights with them.
     part.CLASSIFICATION_WEIGHT = 1.0
     part.BOX_WEIGHT = 1.0
+    # How many times a row of each class counts: None, a list of K weights, "auto" (n^-STRENGTH of
+    # the training images n that hold the class, of mean 1) or "effective_number" (arXiv
+    # 1901.05555, with b = STRENGTH).
+    part.CLASS_WEIGHTS = None
+    part.CLASS_WEIGHT_STRENGTH = 0.5
     # The probability that every class starts with (RetinaNet, arXiv 1708.02002, section 4.1).
     part.PRIOR_PROB = prior_prob
     # Scale the classification loss to the size of the box loss at every step (arXiv 1909.04868,
@@ -88,6 +93,8 @@ def _add_score_threshold(part):
     # N_f / N, as the official code of arXiv 1909.04868 has it) or "class_adaptive" (one a class,
     # section 3.4 there), and the least value that a counted threshold may have.
     part.SCORE_THRESHOLD = "fixed"
+    # How scores are corrected at test time: "", "NorCal" (softmax) or "PriorCorrection" (sigmoids).
+    part.SCORE_CALIBRATION = ""
     part.SCORE_THRESHOLD_FLOOR = 0.001
 
 
@@ -95,9 +102,9 @@ def _add_method_parameters(balance):
     # EQL, arXiv 2003.05176: a class held by fewer than this fraction of the training images is a
     # tail class. TAIL_SHARE, when not None, puts the threshold so that this share of classes is.
     balance.EqualizationLoss = CN({"TAIL_THRESHOLD": 0.00177, "TAIL_SHARE": None})
-    # Softmax EQL, same paper: KEEP_PROBABILITY is the chance that a tail class is left out.
+    # Softmax EQL, same paper: DROP_PROBABILITY is the chance that a tail class is left out.
     balance.SoftmaxEqualizationLoss = CN(
-        {"TAIL_THRESHOLD": 0.00177, "KEEP_PROBABILITY": 0.9, "TAIL_SHARE": None}
+        {"TAIL_THRESHOLD": 0.00177, "DROP_PROBABILITY": 0.9, "TAIL_SHARE": None}
     )
     # Focal loss, arXiv 1708.02002.
     balance.FocalLoss = CN({"ALPHA": 0.25, "GAMMA": 2.0})

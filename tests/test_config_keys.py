@@ -11,7 +11,7 @@ from balanced_det.pyramid import BalancedFeaturePyramid
 from balanced_det.samplers import SAMPLERS
 
 # What a detector passes itself: it is no choice of the config.
-PASSED_BY_DETECTORS = {"num_classes", "class_frequency", "backbone"}
+PASSED_BY_DETECTORS = {"num_classes", "class_frequency", "class_counts", "backbone"}
 SLOTS = {
     "CLASSIFICATION_LOSS": CLASSIFICATION_LOSSES,
     "BOX_LOSS": BOX_LOSSES,

@@ -56,7 +56,7 @@ def test_every_ghm_loss_is_drawn_every_period(tmp_path):
     }
     train(tmp_path, models.FASTER, ghm)
     names = [
-        "proposal_generator.box_loss",
+        "proposal_generator.box_losses.0",
         "proposal_generator.classification_loss",
         "roi_heads.box_predictor.classification_loss",
     ]
