@@ -116,6 +116,16 @@ def _add_method_parameters(balance):
     balance.GHMRegressionLoss = CN(
         {"MU": 0.02, "BINS": 10, "MOMENTUM": 0.7, "BIAS_CORRECTION": True}
     )
+    # EQLv2 (arXiv 2012.08548), Seesaw (2008.10032), federated loss (2103.07461), EFL (2201.02593)
+    # and DropLoss (2104.06402) with their papers' values; ECM has none.
+    balance.EqualizationLossV2 = CN({"GAMMA": 12.0, "MU": 0.8, "ALPHA": 4.0})
+    balance.SeesawLoss = CN({"P": 0.8, "Q": 2.0})
+    balance.FederatedLoss = CN({"NUM_SAMPLED": 50, "POWER": 0.5})
+    balance.EqualizedFocalLoss = CN({"ALPHA": 0.25, "GAMMA": 2.0, "SCALE": 8.0})
+    balance.DropLoss = CN({"TAIL_THRESHOLD": 0.00177, "TAIL_SHARE": None})
+    # Score calibrations: arXiv 2107.02170 and 2007.07314.
+    balance.NorCal = CN({"GAMMA": 0.6})
+    balance.PriorCorrection = CN({"TAU": 1.0})
     # Where smooth L1 turns from a parabola to a line; 0 is plain L1.
     balance.SmoothL1Loss = CN({"BETA": 0.0})
     # Balanced L1, arXiv 1904.02701, section 3.3.

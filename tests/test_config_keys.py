@@ -5,6 +5,7 @@ import inspect
 import pytest
 from detectron2.config import CfgNode, get_cfg
 
+from balanced_det.calibration import SCORE_CALIBRATIONS
 from balanced_det.config import add_balanced_det_config
 from balanced_det.losses import BOX_LOSSES, CLASSIFICATION_LOSSES
 from balanced_det.pyramid import BalancedFeaturePyramid
@@ -18,7 +19,7 @@ SLOTS = {
     "SAMPLER": SAMPLERS,
 }
 PARTS = ("DENSE", "RPN", "ROI_HEADS")
-METHODS = [method for registry in SLOTS.values() for _, method in registry]
+METHODS = [method for registry in (*SLOTS.values(), SCORE_CALIBRATIONS) for _, method in registry]
 
 
 def balance():

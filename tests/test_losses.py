@@ -16,6 +16,7 @@ from balanced_det.losses import (
     CLASSIFICATION_LOSSES,
     EqualizationLoss,
     FocalLoss,
+    SeesawLoss,
     SigmoidLoss,
     SoftmaxEqualizationLoss,
 )
@@ -52,6 +53,11 @@ def plain_cross_entropies(loss, logits, labels):
         target = F.one_hot(labels, K + 1)[:, : loss.num_logits].to(logits.dtype)
         terms = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return terms.sum(dim=1)
+    if isinstance(loss, SeesawLoss):
+        is_object = labels < K
+        terms = F.cross_entropy(logits[:, K:], (~is_object).long(), reduction="none")
+        of_class = F.cross_entropy(logits[is_object, :K], labels[is_object], reduction="none")
+        return terms.index_add(0, is_object.nonzero().squeeze(1), of_class)
     return F.cross_entropy(logits, labels, reduction="none")
 
 
@@ -63,10 +69,15 @@ def make_rows(loss, num_rows=24, seed=0, dtype=torch.float32):
     return logits.to(dtype), labels
 
 
+def seeded(loss, *batch, **options):
+    """Call a loss; what a method draws is drawn again in each call."""
+    torch.manual_seed(0)
+    return loss(*batch, **options)
+
+
 def loss_and_gradient(loss, logits, labels, normalizer=3.0):
-    torch.manual_seed(0)  # what a method draws is drawn again
     logits = logits.detach().requires_grad_()
-    value = loss(logits, labels, normalizer)
+    value = seeded(loss, logits, labels, normalizer)
     value.backward()
     return value.detach(), logits.grad
 
@@ -137,6 +148,8 @@ def test_class_weights_multiply_the_terms_of_a_rows_own_class(name):
     if isinstance(weighted, SigmoidLoss):  # y = 1 alone
         own = F.one_hot(labels.clamp(min=0), K + 1)[:, : weighted.num_logits].bool()
         factor = torch.where(own, factor, 1.0)
+    elif isinstance(weighted, SeesawLoss):  # which has no class in its objectness
+        factor = torch.cat([factor.expand(-1, K), torch.ones(len(factor), 2)], dim=1)
     # One more float64 rounding.
     torch.testing.assert_close(got, gradient * factor, rtol=1e-12, atol=1e-15)
 
@@ -252,9 +265,11 @@ def test_one_class_is_enough(name):
 
 @each_loss
 def test_gradient_is_the_derivative(name):
-    loss = build(name).eval()  # GHM would count each of gradcheck's evaluations
+    # Seesaw's compensation depends on the logits but has no gradient, by definition.
+    options = {"q": 0.0} if name == "SeesawLoss" else {}
+    loss = build(name, **options).eval()  # GHM would count each of gradcheck's evaluations
     logits, labels = make_rows(loss, num_rows=8, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: loss(x, labels, 3.0), logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: seeded(loss, x, labels, 3.0), logits.requires_grad_())
 
 
 @each_loss
@@ -264,11 +279,13 @@ def test_half_precision_is_summed_in_float32(name):
     features, weight = torch.eye(len(logits)), logits.t().contiguous().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         half = F.linear(features, weight)
-        value = loss(half, labels, 3.0)
+        value = seeded(loss, half, labels, 3.0)
     value.backward()
     assert half.dtype == torch.bfloat16 and value.dtype == torch.float32
     # The same float32 arithmetic on the same numbers; only the order of additions may differ.
-    torch.testing.assert_close(value, loss(half.detach().float(), labels, 3.0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        value, seeded(loss, half.detach().float(), labels, 3.0), rtol=1e-6, atol=0
+    )
     assert weight.grad.isfinite().all() and weight.grad.any()
     assert loss.scores(half).dtype == torch.float32
 
@@ -303,7 +320,7 @@ def test_levels_in_the_head_layout_equal_concatenated_rows(name):
         torch.cat([x.reshape(-1, channels) for x in levels]),
         torch.cat([y.flatten() for y in labels]),
     )
-    value = loss(levels, labels, 3.0)
+    value = seeded(loss, levels, labels, 3.0)
     value.backward()
     # Levels are summed one by one: another order of float32 additions.
     torch.testing.assert_close(value.detach(), expected, rtol=1e-6, atol=0)
@@ -319,7 +336,7 @@ def test_overwriting_the_logits_changes_neither_loss_nor_gradient(name):
     logits, labels = make_rows(loss)
     expected = loss_and_gradient(build(name), logits, labels)
     leaf = logits.clone().requires_grad_()
-    value = loss(leaf + 0, labels, 3.0, overwrite_logits=True)
+    value = seeded(loss, leaf + 0, labels, 3.0, overwrite_logits=True)
     value.backward()
     assert torch.equal(value.detach(), expected[0])
     assert torch.equal(leaf.grad, expected[1])
@@ -329,10 +346,10 @@ def test_overwriting_the_logits_changes_neither_loss_nor_gradient(name):
 def test_normalizer_may_live_on_the_device(name):
     loss = build(name).eval()
     logits, labels = make_rows(loss)
-    expected = loss(logits, labels, 7)
+    expected = seeded(loss, logits, labels, 7)
     assert expected.dtype == torch.float32
     for normalizer in (torch.tensor(7), torch.tensor(7.0), torch.tensor(7.0).double()):
-        value = loss(logits, labels, normalizer)
+        value = seeded(loss, logits, labels, normalizer)
         assert value.dtype == torch.float32
         # One rounding, of the reciprocal, may differ.
         torch.testing.assert_close(value, expected, rtol=3e-7, atol=0)
