@@ -93,12 +93,12 @@ def _build_classification_loss(cfg, part, num_classes):
     sampler = cfg.BALANCE[part].SAMPLER
     if part == "ROI_HEADS" and loss.sampled_rows_warning and sampler != "AllSampler":
         logger.warning(
-            "%s: '%s' with the sampler '%s': %s. Use it in BALANCE.RPN or BALANCE.DENSE, or set "
-            "BALANCE.ROI_HEADS.SAMPLER to 'AllSampler'.",
+            "%s: '%s' %s. Use it in BALANCE.RPN or BALANCE.DENSE, or set "
+            "BALANCE.ROI_HEADS.SAMPLER, which is '%s', to 'AllSampler'.",
             key,
             name,
-            sampler,
             loss.sampled_rows_warning,
+            sampler,
         )
     return loss
 

@@ -188,7 +188,7 @@ def test_ghm_on_sampled_rows_of_a_region_head_is_one_warning(loss, sampler, capl
     assert len(messages) == (sampler != "AllSampler")
     if messages:
         assert f"'{loss}' is known not to work" in messages[0]
-        assert f"{sampler} has already removed the imbalance" in messages[0]
+        assert f"SAMPLER, which is '{sampler}', to 'AllSampler'" in messages[0]
 
 
 def test_ghm_elsewhere_is_no_warning(caplog):

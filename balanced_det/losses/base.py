@@ -75,8 +75,8 @@ class ClassificationLoss(nn.Module):
         divides_by_own_count: the loss is a mean by a count of its own; ``normalizer`` is ignored.
         sums_over_workers: each step asks all workers, so every worker must take every step.
         refused_on: {"DENSE", "RPN" or "ROI_HEADS": why the method cannot work on that part}.
-        sampled_rows_warning: why the method does badly on the few rows that a sampler leaves of a
-            region head; None where it does not.
+        sampled_rows_warning: what goes wrong on the few rows that a sampler leaves of a region
+            head, to be read after the method's name; None where nothing does.
         scores_are_a_distribution: the scores of a row and that of background sum to 1.
         neutral: constructor arguments under which the loss is the plain cross entropy of its
             channels; None where there are none. The tests of all losses start from them.

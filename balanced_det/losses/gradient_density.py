@@ -35,7 +35,7 @@ from ..ops.reference import bin_index
 
 # https://github.com/libuyu/GHM_Detection/issues/15
 SAMPLED_ROWS_WARNING = (
-    "it is known not to work on the sampled rows of a region head, say its authors: sampling has "
+    "is known not to work on the sampled rows of a region head, say its authors: sampling has "
     "already removed the imbalance that it harmonizes"
 )
 

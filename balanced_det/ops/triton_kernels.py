@@ -462,7 +462,8 @@ def loss_and_gradient(
         numel,
         *layout,
     )
-    options.update(
+    options = dict(
+        options,
         OVERWRITE=gradient is not None and gradient.data_ptr() == logits.data_ptr(),
         ALPHA=alpha,
         GAMMA=gamma,
