@@ -3,11 +3,13 @@
 from ..config import load_config
 from .classes import check_model_classes
 from .hooks import KeepFrozenStatistics, LogMonitored
+from .lazy import LazyTrainer, trainer_of
 from .preflight import check_run
 from .trainer import Trainer, print_results, train_only
 
 __all__ = [
     "KeepFrozenStatistics",
+    "LazyTrainer",
     "LogMonitored",
     "Trainer",
     "check_model_classes",
@@ -15,4 +17,5 @@ __all__ = [
     "load_config",
     "print_results",
     "train_only",
+    "trainer_of",
 ]

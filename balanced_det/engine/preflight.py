@@ -9,7 +9,7 @@ from ..data.registration import training_statistics
 from ..errors import InputError
 from ..gradient_figure import PlotGradients
 from .classes import check_model_classes
-from .trainer import Trainer
+from .lazy import trainer_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,9 @@ def check_run(cfg, eval_only=False, resume=False, num_workers=1):
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     try:
-        model = Trainer.build_model(cfg, count=not eval_only)
+        model = trainer_of(cfg).build_model(cfg, count=not eval_only)
         if not eval_only:
-            Trainer.build_optimizer(cfg, model)
+            trainer_of(cfg).build_optimizer(cfg, model)
     except KeyError as error:
         # Detectron2's registries; any other KeyError is a bug to be seen.
         if "registry" not in str(error):
