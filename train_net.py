@@ -18,17 +18,26 @@ try:
     # Detectron2 and fvcore still script functions, which torch deprecates at their import.
     warnings.filterwarnings("ignore", ".torch.jit.script", FutureWarning)
     warnings.filterwarnings("ignore", "Importing from timm.models.layers", FutureWarning)
-    from detectron2.engine import default_setup, launch
+    from detectron2.engine import default_setup
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run 'make .venv' and use .venv/bin/python, or install Detectron2 yourself.")
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from balanced_det.config import load_config, parse_args
 from balanced_det.config.lazy import lazy_config, save_lazy_config
-from balanced_det.engine import check_run, print_results, trainer_of
+from balanced_det.engine import (
+    check_run,
+    is_first_process,
+    load_trained,
+    locked,
+    num_processes,
+    print_results,
+    remove_checkpoints,
+    start,
+    trainer_of,
+)
 
 
 def configure(args):
@@ -49,8 +58,7 @@ def main(args):
     if args.eval_only:
         # What is counted comes with the checkpoint.
         model = trainer_of(cfg).build_model(cfg, count=False)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        load_trained(model, cfg, args.resume)
         results = trainer_of(cfg).test(cfg, model)
     else:
         trainer = trainer_of(cfg)(cfg)
@@ -65,16 +73,15 @@ def run(args):
 
     What is wrong is an :class:`InputError` here, before anything is written.
     """
-    workers = max(args.num_gpus, 1) * args.num_machines
-    check_run(configure(args), args.eval_only, args.resume, workers)
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    if not is_first_process(args):
+        start(main, args)
+        return
+    cfg = configure(args)
+    check_run(cfg, args.eval_only, args.resume, num_processes(args))
+    with locked(cfg.OUTPUT_DIR):
+        if cfg.BALANCE.OVERWRITE and not (args.eval_only or args.resume):
+            remove_checkpoints(cfg.OUTPUT_DIR)
+        start(main, args)
 
 
 if __name__ == "__main__":
@@ -82,3 +89,6 @@ if __name__ == "__main__":
         run(parse_args())
     except InputError as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted.", file=sys.stderr)
+        sys.exit(130)

@@ -11,6 +11,7 @@ The default of every slot reproduces Detectron2's own detector. ``None`` is off,
 
 from detectron2.config import CfgNode
 
+from ..calibration import SCORE_CALIBRATIONS
 from ..errors import InputError
 from ..losses import BOX_LOSSES, CLASSIFICATION_LOSSES
 from ..parts import PARTS, Part
@@ -26,6 +27,7 @@ SLOTS = {
     "BOX_LOSS": BOX_LOSSES,
     "SAMPLER": SAMPLERS,
     "SCORE_THRESHOLD": SCORE_THRESHOLDS,
+    "SCORE_CALIBRATION": SCORE_CALIBRATIONS,
 }
 PYRAMID_BUILDER = "build_balanced_pyramid_backbone"
 
@@ -49,6 +51,11 @@ def add_balanced_det_config(cfg: CfgNode) -> None:
         # refused when a model is built.
         cfg.BALANCE[part.name] = CfgNode(_part_keys(part), new_allowed=True)
     cfg.MODEL.FCOS = CfgNode(_fcos_keys())
+    # Detectron2 has the samplers that read these, but no keys for them. The share of the images
+    # that RandomSubsetTrainingSampler draws from.
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
+    # [name, weight] of training sets for the two weighted samplers; others weigh 1.
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
     for old, new in _RENAMED.items():
         cfg.register_renamed_key(old, new)
 
@@ -67,7 +74,7 @@ def add_own_node(cfg: CfgNode, key: str) -> None:
 
 def default_values() -> dict:
     """Return {full name: default} of all keys of :func:`add_balanced_det_config`."""
-    cfg = CfgNode({"MODEL": {}})
+    cfg = CfgNode({"MODEL": {}, "DATALOADER": {}, "DATASETS": {}})
     add_balanced_det_config(cfg)
     return {**leaves(cfg.BALANCE, "BALANCE"), **leaves(cfg.MODEL.FCOS, "MODEL.FCOS")}
 
@@ -106,6 +113,35 @@ def _run_keys():
         # of arXiv 1811.05181) into OUTPUT_DIR/gradients and TensorBoard; None never does. Needs
         # matplotlib.
         "GRADIENT_FIGURE_PERIOD": None,
+        **_trust_keys(),
+    }
+
+
+def _trust_keys():
+    return {
+        # MODEL.WEIGHTS of an earlier run brings its weights alone; what was counted (class
+        # frequencies, row counts, gradient statistics) is that of this run's "data". "checkpoint"
+        # takes the checkpoint's instead, as --resume and --eval-only do.
+        "STATISTICS": "data",
+        # Load a checkpoint that was trained on classes of other names, or in another order.
+        "OTHER_CLASSES": False,
+        # SHA-256 digests of pickled weights that may run code when they are loaded.
+        "TRUSTED_WEIGHTS": [],
+        # Evaluate a model of which MODEL.WEIGHTS brings only a part; the rest has random weights.
+        "UNTRAINED": False,
+        # --resume starts where OUTPUT_DIR holds no checkpoint, as a job that may be preempted
+        # wants.
+        "RESUME_OR_START": False,
+        # Start over in an OUTPUT_DIR that holds a run's checkpoints; they are removed.
+        "OVERWRITE": False,
+        # How many steps of a run may be skipped because a loss or gradient is not finite.
+        "SKIP_BAD_STEPS": 0,
+        # How many broken training images may be replaced by others; a worker counts its own.
+        "SKIP_BROKEN_IMAGES": 0,
+        # What SOLVER.AMP computes in: "float16", which scales gradients, or "bfloat16".
+        "AMP_DTYPE": "float16",
+        # Batches of SOLVER.IMS_PER_BATCH images a step; its gradient is their mean.
+        "ACCUMULATE_STEPS": 1,
     }
 
 
@@ -118,6 +154,8 @@ def _slot_defaults(part: Part):
     if part.has_classes:
         # RPN ranks its boxes, and drops none by score.
         slots["SCORE_THRESHOLD"] = "FixedThreshold"
+        # How scores are corrected at test time; None leaves them as the loss trains them.
+        slots["SCORE_CALIBRATION"] = None
     return slots
 
 
@@ -136,6 +174,12 @@ def _part_keys(part: Part):
         "GUIDED_LOSS": False,
         "GUIDED_FACTOR": 1.0,
     }
+    if part.has_classes:
+        # How many times a row of each class counts: None, a list of K weights, "auto" (n^-STRENGTH
+        # of the training images n that hold the class, of mean 1) or "effective_number" (arXiv
+        # 1901.05555, with b = STRENGTH).
+        keys["CLASS_WEIGHTS"] = None
+        keys["CLASS_WEIGHT_STRENGTH"] = 0.5
     if part.counts_rows:
         # Count the optimal prior p* = N_f / (N C) over the training set, and start with that
         # instead of PRIOR_PROB (arXiv 1909.04868, section 3.2).

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..build import build_criterion, build_sampler, build_score_threshold, initial_prior
 from ..rows import nonzero
 from ..selection import Rows, Selection
+from .inference import region_detections
 from .matching import pad
 from .thresholds import CountedScoreThreshold
 
@@ -78,7 +79,9 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         """
         logits, deltas = predictions
         if not proposals:
-            return self.criterion(logits, logits.new_zeros(0).long(), (deltas, deltas), 1)
+            none = deltas[:0, :4]
+            boxes = self.criterion.box_pairs(self.box2box_transform, none, none, none)
+            return self.criterion(logits[:0], logits.new_zeros(0).long(), boxes, 1)
         labels = self._labels(logits, proposals)  # (T,)
         rows = Rows(labels, self.num_classes)
         self.score_threshold.observe(rows.foreground, rows.takes_part)
@@ -112,12 +115,8 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
     @torch.no_grad()
     def _log(self, logits, rows, num_images):
         """Log what Detectron2 logs of a region head; return the number of foreground rows."""
-        labels = rows.labels
-        # A row of K sigmoids says background when no class reaches one half.
-        if logits.shape[1] == self.num_classes:
-            logits = F.pad(logits, (0, 1))
-        predicted = logits.argmax(dim=1)
-        is_right = predicted == labels
+        predicted = self.criterion.classification_loss.predicted_class(logits)
+        is_right = predicted == rows.labels
         counts = [
             rows.foreground,
             rows.takes_part,
@@ -136,6 +135,23 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
             storage.put_scalar("fast_rcnn/fg_cls_accuracy", right_foreground / num_foreground)
             storage.put_scalar("fast_rcnn/false_negative", missed / num_foreground)
         return num_foreground
+
+    def inference(self, predictions, proposals):
+        """Return (detections, rows), see :func:`.inference.region_detections`."""
+        logits, deltas = predictions
+        return self.detections(self.criterion.scores(logits), deltas, proposals)
+
+    def detections(self, scores, deltas, proposals):
+        """Return (detections, rows) of given scores (R, K) and deltas (R, 4) or (R, 4 K)."""
+        return region_detections(
+            scores,
+            deltas,
+            proposals,
+            self.box2box_transform,
+            score_threshold=self.test_score_thresh,
+            nms_threshold=self.test_nms_thresh,
+            detections_per_image=self.test_topk_per_image,
+        )
 
     def predict_probs(self, predictions, proposals):
         """Return one (Ri, K + 1) tensor an image, of which Detectron2 drops the last column."""

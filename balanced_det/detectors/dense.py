@@ -14,6 +14,7 @@ from ..build import (
 )
 from ..rows import level_rows, split_levels
 from ..selection import PerForegroundOnAverage, Selection
+from .inference import dense_detections
 from .matching import Objects
 from .thresholds import CountedScoreThreshold
 from .wide_conv import WideConv2d
@@ -109,6 +110,22 @@ class BalancedDenseDetector(CountedScoreThreshold):
             overwrite_logits=True,
         )
         return losses, (image, anchor, sources, targets), normalizer
+
+    def _detections(self, anchors, logits, deltas, images, centerness=None):
+        """Return one ``Instances`` an image; see :func:`.inference.dense_detections`."""
+        return dense_detections(
+            anchors,
+            logits,
+            deltas,
+            images.image_sizes,
+            self.criterion,
+            self.box2box_transform,
+            score_threshold=self.test_score_thresh,
+            topk_per_level=self.test_topk_candidates,
+            nms_threshold=self.test_nms_thresh,
+            detections_per_image=self.max_detections_per_image,
+            centerness=centerness,
+        )
 
     def _row_losses(self, levels, labels):
         """Return the loss (N, R) of every row."""

@@ -99,20 +99,6 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
 
     def forward_inference(self, images, features, predictions):
         """Return one ``Instances`` an image; arguments as in Detectron2."""
-        logits, deltas, centerness = self._transpose_dense_predictions(
-            predictions, [self.criterion.num_logits, 4, 1]
-        )
+        logits, deltas, centerness = predictions
         anchors = self.anchor_generator(features)
-        return [
-            self.inference_single_image(
-                anchors,
-                [
-                    # The geometric mean of both, as in arXiv 2006.09214, Eq. 4.
-                    (self.criterion.scores(x[i]) * c[i].float().sigmoid()).sqrt()
-                    for x, c in zip(logits, centerness, strict=True)
-                ],
-                [x[i] for x in deltas],
-                image_size,
-            )
-            for i, image_size in enumerate(images.image_sizes)
-        ]
+        return self._detections(anchors, logits, deltas, images, centerness)

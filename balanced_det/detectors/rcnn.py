@@ -147,6 +147,22 @@ class BalancedCascadeROIHeads(_BatchedROIHeads, CascadeROIHeads):
         super().__init__(**kwargs)
         self.selection = selection
 
+    def _forward_box(self, features, proposals, targets=None):
+        """Run all stages; see ``CascadeROIHeads``. Scores are the mean over the stages."""
+        if self.training:
+            return super()._forward_box(features, proposals, targets)
+        features = [features[name] for name in self.box_in_features]
+        image_sizes = [p.image_size for p in proposals]
+        scores, boxes = 0, None
+        for stage, predictor in enumerate(self.box_predictor):
+            if stage > 0:
+                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
+            predictions = self._run_stage(features, proposals, stage)
+            scores = scores + predictor.criterion.scores(predictions[0])  # (R, K)
+            boxes = predictor.predict_boxes(predictions, proposals)
+        scores = scores * (1.0 / self.num_cascade_stages)
+        return predictor.detections(scores, predictions[1], proposals)[0]
+
     def _create_proposals_from_boxes(self, boxes, image_sizes):
         """Return the clipped boxes of a stage as ``Instances``; in training, none is dropped.
 

@@ -56,16 +56,5 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
 
     def forward_inference(self, images, features, predictions):
         """Return one ``Instances`` an image; arguments as in Detectron2."""
-        logits, deltas = self._transpose_dense_predictions(
-            predictions, [self.criterion.num_logits, 4]
-        )
-        anchors = self.anchor_generator(features)
-        return [
-            self.inference_single_image(
-                anchors,
-                [self.criterion.scores(x[i]) for x in logits],
-                [x[i] for x in deltas],
-                image_size,
-            )
-            for i, image_size in enumerate(images.image_sizes)
-        ]
+        logits, deltas = predictions
+        return self._detections(self.anchor_generator(features), logits, deltas, images)

@@ -1,9 +1,10 @@
 """What happens before and after every step of a training, beside Detectron2's own hooks."""
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 
 from ..criterion import Criterion
+from .checkpoint import statistics_names
 
 
 class KeepFrozenStatistics(HookBase):
@@ -40,3 +41,22 @@ class LogMonitored(HookBase):
                 part = name.removeprefix("module.").rpartition(".")[0] or "dense"
                 for key, value in module.monitored.items():
                     self.trainer.storage.put_scalar(f"{part}/{key}", value.item())
+
+
+class RestartablePreciseBN(hooks.PreciseBN):
+    """Detectron2's ``PreciseBN``, each time on the first images of its loader.
+
+    Detectron2 goes on where it stopped the time before, which a resumed run does not know; and the
+    losses count what they see in it, though nothing is trained on that.
+    """
+
+    def update_stats(self):
+        """Update the statistics of batch normalization, and no others; see Detectron2."""
+        self._data_iter = None
+        self._data_loader.seed = self.trainer._trainer.seed
+        buffers = self._model.state_dict()
+        counted = [buffers[name] for name in statistics_names(self._model)]
+        before = [buffer.clone() for buffer in counted]
+        super().update_stats()
+        for buffer, value in zip(counted, before, strict=True):
+            buffer.copy_(value)

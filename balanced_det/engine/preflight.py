@@ -2,14 +2,24 @@
 
 import logging
 import os
+import traceback
 
 from detectron2.data import DatasetCatalog
 
 from ..data.registration import training_statistics
 from ..errors import InputError
 from ..gradient_figure import PlotGradients
-from .classes import check_model_classes
+from .checkpoint import (
+    build_checkpointer,
+    is_local,
+    load_trained,
+    load_weights,
+    saved_checkpoints,
+)
+from .classes import check_model_classes, check_same_classes
 from .lazy import trainer_of
+from .output import check_output_dir
+from .step import amp_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +51,26 @@ def check_run(cfg, eval_only=False, resume=False, num_workers=1):
     """
     _check_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
     _check_choice("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, _RESNET_DEPTHS)
+    check_output_dir(cfg, eval_only, resume)
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]
-    resumes = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if weights and "://" not in weights and not resumes and not os.path.isfile(weights):
+    resumes = resume and bool(saved_checkpoints(cfg.OUTPUT_DIR))
+    if weights and is_local(weights) and not resumes and not os.path.isfile(weights):
         raise InputError(f"MODEL.WEIGHTS: the file '{weights}' does not exist.")
+    check_same_classes([*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST])
     for name in cfg.DATASETS.TEST:
         DatasetCatalog.get(name)
     if not eval_only:
         _check_loader(cfg, num_workers)
+        amp_dtype(cfg)
         training_statistics(cfg)
         check_model_classes(cfg, cfg.DATASETS.TRAIN)
         if cfg.BALANCE.GRADIENT_FIGURE_PERIOD:
             PlotGradients(cfg.BALANCE.GRADIENT_FIGURE_PERIOD, cfg.OUTPUT_DIR)  # for its checks
+    _check_model(cfg, eval_only, resumes)
+
+
+def _check_model(cfg, eval_only, resumes):
+    """Build the model on CPU and load what it starts with, but for what lies elsewhere."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
@@ -60,11 +78,24 @@ def check_run(cfg, eval_only=False, resume=False, num_workers=1):
         model = trainer_of(cfg).build_model(cfg, count=not eval_only)
         if not eval_only:
             trainer_of(cfg).build_optimizer(cfg, model)
-    except KeyError as error:
-        # Detectron2's registries; any other KeyError is a bug to be seen.
-        if "registry" not in str(error):
-            raise
-        raise InputError(f"The model cannot be built: {error.args[0].rstrip('!')}.") from None
+    except InputError:
+        raise
+    except Exception as error:  # Detectron2 and torch raise nearly anything for a wrong value
+        raise InputError(f"The model cannot be built: {_told(error)}.") from error
+    if not resumes and not is_local(cfg.MODEL.WEIGHTS):
+        return
+    if eval_only:
+        load_trained(model, cfg, resumes)
+    elif resumes or cfg.MODEL.WEIGHTS:
+        load_weights(build_checkpointer(model, cfg, cfg.DATASETS.TRAIN), cfg, resumes)
+
+
+def _told(error):
+    """Return what an exception says and, since that may be little, where it was raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error.args[0] if error.args else error).rstrip("!.")
+    place = f"{os.path.basename(where.filename)}, line {where.lineno}"
+    return f"{' '.join(text.split()) or where.line} ({type(error).__name__} in {place})"
 
 
 def _check_loader(cfg, num_workers):
@@ -74,6 +105,10 @@ def _check_loader(cfg, num_workers):
         raise InputError(
             f"SOLVER.IMS_PER_BATCH is {batch}; it must be a positive multiple of the number of "
             f"workers, {workers}."
+        )
+    if cfg.BALANCE.ACCUMULATE_STEPS < 1:
+        raise InputError(
+            f"BALANCE.ACCUMULATE_STEPS is {cfg.BALANCE.ACCUMULATE_STEPS}; it must be at least 1."
         )
     _check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, _TRAIN_SAMPLERS)
 

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import weakref
 
 import torch
 from detectron2.engine import DefaultTrainer, defaults, hooks
@@ -10,13 +11,16 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from ..build import build_model
+from ..data.loader import TrainLoader, build_test_loader
 from ..data.registration import training_statistics
 from ..detectors.counting import fit_to_training_data
 from ..errors import InputError
 from ..evaluation import build_evaluator
 from ..gradient_figure import PlotGradients
+from .checkpoint import build_checkpointer, load_weights
 from .classes import check_model_classes
-from .hooks import KeepFrozenStatistics, LogMonitored
+from .hooks import KeepFrozenStatistics, LogMonitored, RestartablePreciseBN
+from .step import TrainStep, amp_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +34,17 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg):
         check_model_classes(cfg, cfg.DATASETS.TRAIN)
+        self._amp_dtype = amp_dtype(cfg)
         create_ddp_model = defaults.create_ddp_model
         if torch.device(cfg.MODEL.DEVICE).type == "cpu":
             # Detectron2 gives every process a GPU, which processes on CPU refuse.
             defaults.create_ddp_model = functools.partial(create_ddp_model, device_ids=None)
         try:
-            super().__init__(cfg)
+            # Detectron2's step for mixed precision needs a GPU; ours takes the place of both.
+            super().__init__(_with(cfg, "SOLVER.AMP.ENABLED", False))
         finally:
             defaults.create_ddp_model = create_ddp_model
+        self._failed = False
 
     @classmethod
     def build_model(cls, cfg, count=True):
@@ -53,15 +60,40 @@ class Trainer(DefaultTrainer):
         train_only(model, cfg.BALANCE.TRAIN_ONLY)
         return model
 
+    @classmethod
+    def build_train_loader(cls, cfg):
+        """Return the batches of the training, which can be started at any of them."""
+        return TrainLoader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        """Return Detectron2's loader of a test set, with broken images named."""
+        return build_test_loader(cfg, dataset_name)
+
     def resume_or_load(self, resume=True):
         """Count the training set where the config asks for it, then load as Detectron2 does."""
         resumed = resume and self.checkpointer.has_checkpoint()
         if not resumed:
             fit_to_training_data(getattr(self.model, "module", self.model), self.cfg)
-        super().resume_or_load(resume)
+        load_weights(self.checkpointer, self.cfg, resumed)
+        if resumed:
+            self.start_iter = self.iter + 1  # the checkpoint has the iteration that was finished
+
+    def run_step(self):
+        """Train one step, see :class:`~balanced_det.engine.step.TrainStep`."""
+        self._failed = True
+        super().run_step()
+        self._failed = False
+
+    def after_train(self):
+        """Call the hooks; one that evaluates has nothing to do after a step that failed."""
+        if self._failed:
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
+        super().after_train()
 
     def train(self):
         """Train; return the results of the last evaluation, or None on workers but the main one."""
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
         super().train()
         return getattr(self, "_last_eval_results", None)
 
@@ -82,10 +114,9 @@ class Trainer(DefaultTrainer):
                 "known are: full_model, norm, value."
             )
         max_norm, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        optimizer = super().build_optimizer(cfg, model)
+        optimizer = super().build_optimizer(
+            _with(cfg, "SOLVER.CLIP_GRADIENTS.ENABLED", False), model
+        )
 
         def clip_gradients(optimizer, args, kwargs):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -106,7 +137,19 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self):
         """Return Detectron2's hooks and this project's own."""
-        ret = super().build_hooks()
+        # Detectron2 calls this when all that it makes is there, to be replaced by what can do more.
+        self._trainer = self._build_step()
+        self.checkpointer = build_checkpointer(
+            self.model, self.cfg, self.cfg.DATASETS.TRAIN, trainer=weakref.proxy(self)
+        )
+        ret = [
+            RestartablePreciseBN(
+                hook._period, self.model, hook._data_loader, self.cfg.TEST.PRECISE_BN.NUM_ITER
+            )
+            if isinstance(hook, hooks.PreciseBN)
+            else hook
+            for hook in super().build_hooks()
+        ]
         if self.cfg.BALANCE.TRAIN_ONLY:
             ret.insert(0, KeepFrozenStatistics())
         writers = [hook for hook in ret if isinstance(hook, hooks.PeriodicWriter)]
@@ -118,6 +161,38 @@ class Trainer(DefaultTrainer):
         position = ret.index(writers[0]) if writers else len(ret)
         ret[position:position] = own
         return ret
+
+    def _build_step(self):
+        keys = self.cfg.BALANCE
+        return TrainStep(
+            self.model,
+            self.data_loader,
+            self.optimizer,
+            seed=getattr(self.data_loader, "seed", max(self.cfg.SEED, 0)),
+            dtype=self._amp_dtype,
+            accumulate=keys.ACCUMULATE_STEPS,
+            max_skipped=keys.SKIP_BAD_STEPS,
+            max_skipped_images=keys.SKIP_BROKEN_IMAGES,
+        )
+
+
+def _without_traceback(record):
+    """Leave the traceback of bad input out of the log; its message says it all."""
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, InputError):
+        record.exc_info = None
+        record.msg = f"{record.msg} {error}"
+    return True
+
+
+def _with(cfg, key, value):
+    """Return a copy of ``cfg`` in which one key is another, frozen as ``cfg`` is."""
+    copy = cfg.clone()
+    copy.defrost()
+    copy.merge_from_list([key, value])
+    if cfg.is_frozen():
+        copy.freeze()
+    return copy
 
 
 def train_only(model, prefixes):
