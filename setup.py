@@ -26,5 +26,6 @@ setup(
     extras_require={
         "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
         "report": ["matplotlib"],
+        "vitdet": ["shapely", "timm"],
     },
 )

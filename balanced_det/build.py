@@ -6,13 +6,16 @@ import functools
 import logging
 
 from detectron2 import modeling
+from detectron2.config import instantiate
+from omegaconf import OmegaConf
 
 from .config.keys import SLOTS
+from .config.lazy import lazy_config
 from .config.ranges import check_ranges
 from .config.reads import recorded
 from .config.unused import refuse_unused
 from .criterion import Criterion
-from .data.registration import training_statistics
+from .data.registration import check_num_classes, training_statistics
 from .errors import InputError
 from .losses import GradientDensity
 from .parts import PARTS, Part
@@ -27,6 +30,7 @@ _STATISTICS = {
     "instance_count": lambda statistics: statistics.instance_count,  # (K,) boxes
 }
 _counts = contextvars.ContextVar("counts", default=True)
+_run = contextvars.ContextVar("run", default=None)  # the config whose lazy model is being built
 
 
 def build_model(cfg, count: bool = True):
@@ -43,6 +47,8 @@ def build_model(cfg, count: bool = True):
     from . import detectors  # noqa: F401  (registers them; they import this module)
 
     check_ranges(cfg)
+    if lazy_config(cfg) is not None:
+        return _build_lazy_model(cfg, count)
     recording, reads = recorded(cfg)
     with counting(count):
         model = modeling.build_model(recording)
@@ -50,6 +56,33 @@ def build_model(cfg, count: bool = True):
         reads.add("BALANCE.GRADIENT_FIGURE_PERIOD")  # there is something to draw
     refuse_unused(cfg, reads)
     return model
+
+
+def _build_lazy_model(cfg, count):
+    model = lazy_config(cfg).model
+    for key in ("roi_heads.num_classes", "num_classes"):
+        num_classes = OmegaConf.select(model, key)
+        if num_classes is not None:
+            names = cfg.DATASETS.TRAIN if count else cfg.DATASETS.TEST
+            check_num_classes(cfg, num_classes, f"model.{key}", names)
+    token = _run.set(cfg)
+    try:
+        with counting(count):
+            return instantiate(model).to(cfg.MODEL.DEVICE)
+    except (TypeError, ImportError) as error:  # an argument that is wrong, missing or too much
+        raise InputError(f"The model cannot be built: {error}.") from error
+    finally:
+        _run.reset(token)
+
+
+def counted(name: str):
+    """Return a statistic of the training set to a Python config whose model is being built.
+
+    ``L(counted)(name="class_frequency")`` is an argument of a loss; see :func:`counted_statistic`.
+    """
+    if _run.get() is None:
+        raise InputError("'counted' has a meaning only while the model of a config is built.")
+    return counted_statistic(_run.get(), name)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from .checkpoint import (
     saved_checkpoints,
 )
 from .classes import check_model_classes, check_same_classes
+from .lazy import trainer_of
 from .output import check_output_dir
 from .step import amp_dtype
-from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,9 @@ def _check_model(cfg, eval_only, resumes):
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     try:
-        model = Trainer.build_model(cfg, count=not eval_only)
+        model = trainer_of(cfg).build_model(cfg, count=not eval_only)
         if not eval_only:
-            Trainer.build_optimizer(cfg, model)
+            trainer_of(cfg).build_optimizer(cfg, model)
     except InputError:
         raise
     except Exception as error:  # Detectron2 and torch raise nearly anything for a wrong value
