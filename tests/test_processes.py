@@ -183,7 +183,9 @@ def test_bad_input_met_by_a_worker_is_one_sentence(data, tmp_path):
     broken.mkdir()
     for image in content["images"]:
         source = folder / image["file_name"]
-        (broken / image["file_name"]).write_bytes(source.read_bytes()[:300])
+        copy = broken / image["file_name"]
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(source.read_bytes()[:300])
     path = tmp_path / "train.json"
     path.write_text(json.dumps(content))
     sets = [[str(path), str(path), str(broken)], [str(data.val_json)] * 2 + [str(folder)]]
