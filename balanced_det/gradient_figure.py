@@ -37,11 +37,11 @@ class PlotGradients(HookBase):
 
     def __init__(self, period, output_dir):
         if period < 1:
-            raise InputError(f"BALANCE.GRADIENT_FIGURE_PERIOD must not be negative, not {period}.")
+            raise InputError(f"BALANCE.GRADIENT_FIGURE_PERIOD must be at least 1, not {period}.")
         if importlib.util.find_spec("matplotlib") is None:
             raise InputError(
                 "BALANCE.GRADIENT_FIGURE_PERIOD needs matplotlib, which is not installed: "
-                "pip install matplotlib, or set it to 0."
+                "pip install matplotlib, or set it to None."
             )
         self.period = period
         self.folder = os.path.join(output_dir, "gradients")
@@ -72,7 +72,7 @@ class PlotGradients(HookBase):
 def gradient_densities(model):
     """Yield (name, class, density) of every loss of ``model`` that harmonizes gradients.
 
-    The name is that of the module without "criterion": "proposal_generator.box_loss"; it starts
+    The name is that of the module without "criterion": "proposal_generator.box_losses.0"; it starts
     with "dense" where the criterion is the model's own.
     """
     for name, module in model.named_modules():

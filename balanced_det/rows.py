@@ -13,11 +13,32 @@ def foreground(labels, num_classes):
     return (labels >= 0) & (labels < num_classes)
 
 
-def ignore_others(labels, kept):
-    """Return a copy of ``labels`` (R,) in which all rows but those in ``kept`` are ignored (-1)."""
-    chosen = torch.full_like(labels, -1)
-    chosen[kept] = labels[kept]
-    return chosen
+def nonzero(mask, count):
+    """Return the indices of a mask's true elements, without asking the device how many there are.
+
+    Args:
+        mask: bool, of any shape.
+        count: how many are true, known on the host.
+
+    Returns:
+        A tuple with the (count,) long indices of each dimension, as
+        ``mask.nonzero(as_tuple=True)``.
+    """
+    flat = mask.flatten()
+    # The i-th true element goes to place i, and all others to one place more, which is cut off.
+    place = torch.where(flat, flat.cumsum(0) - 1, count)
+    index = torch.arange(len(flat), device=mask.device)
+    index = index.new_empty(count + 1).scatter_(0, place, index)[:count]
+    return torch.unravel_index(index, mask.shape)
+
+
+def on_device(values, like):
+    """Return a list of numbers as a tensor of the type and device of ``like``, without waiting.
+
+    A copy from ordinary memory to a GPU waits until all that was launched before it has ended.
+    """
+    tensor = torch.tensor(values, dtype=like.dtype, pin_memory=like.is_cuda)
+    return tensor.to(like.device, non_blocking=True)
 
 
 def level_rows(prediction, channels):
@@ -49,8 +70,3 @@ def split_levels(labels, levels):
         part.view(level.shape[:-1])
         for part, level in zip(labels.split(sizes, dim=1), levels, strict=True)
     ]
-
-
-def objectness_labels(labels):
-    """Turn Detectron2's RPN labels (1 object, 0 background) into those of one class (0, and 1)."""
-    return torch.where(labels >= 0, 1 - labels, labels)

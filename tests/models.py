@@ -2,7 +2,7 @@
 
 import torch
 from detectron2.config import get_cfg
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
 import balanced_det.detectors  # noqa: F401  (registers them)
 from balanced_det.config import add_balanced_det_config
@@ -32,7 +32,7 @@ FASTER = {
 MASK = {
     **FASTER,
     "MODEL.MASK_ON": True,
-    "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
+    "MODEL.ROI_MASK_HEAD.NAME": "BalancedMaskHead",
     "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
     "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
 }
@@ -79,14 +79,16 @@ def config(*choices):
     cfg.MODEL.RESNETS.DEPTH = 18
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
     cfg.MODEL.FPN.OUT_CHANNELS = 32
-    cfg.BALANCE.COUNT = False
     for keys in choices:
         cfg.merge_from_list([item for pair in keys.items() for item in pair])
     return cfg
 
 
-def batch(num_objects=(2, 3), seed=0):
-    """Return inputs for a detector: one 96 x 128 image an entry, with that many objects each."""
+def batch(num_objects=(2, 3), seed=0, polygons=False):
+    """Return inputs for a detector: one 96 x 128 image an entry, with that many objects each.
+
+    Their masks fill the image, or are triangles within their boxes where ``polygons`` are wanted.
+    """
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for count in num_objects:
@@ -95,7 +97,11 @@ def batch(num_objects=(2, 3), seed=0):
         instances = Instances((96, 128))
         instances.gt_boxes = Boxes(torch.cat([corner, corner + size], dim=1))
         instances.gt_classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
-        instances.gt_masks = BitMasks(torch.ones(count, 96, 128, dtype=torch.bool))
+        if polygons:
+            corners = instances.gt_boxes.tensor[:, [0, 1, 2, 1, 0, 3]].double().numpy()
+            instances.gt_masks = PolygonMasks([[triangle] for triangle in corners])
+        else:
+            instances.gt_masks = BitMasks(torch.ones(count, 96, 128, dtype=torch.bool))
         image = 255 * torch.rand(3, 96, 128, generator=generator)
         inputs.append({"image": image, "instances": instances, "height": 96, "width": 128})
     return inputs

@@ -9,6 +9,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch import fcos, retinanet
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 from distributed import run_workers
@@ -24,7 +26,6 @@ from balanced_det.priors import optimal_prior, prior_bias
 INPUT = {"INPUT.MIN_SIZE_TRAIN": (90, 101, 130), "INPUT.MAX_SIZE_TRAIN": 170}
 COUNTED = {
     **INPUT,
-    "BALANCE.COUNT": True,
     "BALANCE.DENSE.CLASSIFICATION_LOSS": "BinaryCrossEntropyLoss",
     "BALANCE.DENSE.OPTIMAL_PRIOR": True,
     "BALANCE.RPN.OPTIMAL_PRIOR": True,
@@ -47,7 +48,7 @@ def bias_of(part):
 
 
 def brute_force(cfg, model, part, records, folder):
-    """Load images as training does, run the network, and count the labels of its own anchors."""
+    """Load images as training does, run the network, and count as Detectron2 labels its anchors."""
     mapper = DatasetMapper(cfg, is_train=True)
     num_foreground = num_rows = 0
     for record in records:
@@ -57,10 +58,12 @@ def brute_force(cfg, model, part, records, folder):
         features = model.backbone(model.preprocess_image([loaded]).tensor)
         anchors = part.anchor_generator([features[name] for name in part.row_features])
         if part is model:
-            labels = part.label_anchors(anchors, [loaded["instances"]])[0][0]
+            stock = fcos.FCOS if isinstance(model, fcos.FCOS) else retinanet.RetinaNet
+            labels = stock.label_anchors(part, anchors, [loaded["instances"]])[0][0]
             is_foreground = [0 <= y < NUM_CLASSES for y in labels.tolist()]
         else:
-            labels = part.label_and_sample_anchors(anchors, [loaded["instances"]])[0][0]
+            part.batch_size_per_image = 10**6  # all of them
+            labels = RPN.label_and_sample_anchors(part, anchors, [loaded["instances"]])[0][0]
             is_foreground = [y == 1 for y in labels.tolist()]
         num_foreground += sum(is_foreground)
         num_rows += sum(y >= 0 for y in labels.tolist())
@@ -120,7 +123,7 @@ def test_initial_loss_of_a_batch_is_least_at_its_counted_prior():
     def initial_loss(prior):
         model.set_prior(prior)
         # Now the moving average stays what it is.
-        model.loss_normalizer.fill_(counts.num_foreground)
+        model.selection.divisor.average.fill_(counts.num_foreground)
         with EventStorage():
             return model([{"image": image, "instances": instances}])["loss_cls"].item()
 
@@ -189,7 +192,7 @@ def test_counted_bias_is_saved_with_the_model(name, tmp_path):
     cfg, model, part = build(name, {"DATASETS.TRAIN": (register(make_records(4)),)})
     fit_to_training_data(model, cfg)
     DetectionCheckpointer(model, str(tmp_path)).save("counted")
-    _, restored, restored_part = build(name, {"BALANCE.COUNT": False})
+    _, restored, restored_part = build(name)
     assert not torch.equal(bias_of(restored_part), bias_of(part))
     DetectionCheckpointer(restored).load(str(tmp_path / "counted.pth"))
     assert torch.equal(bias_of(restored_part), bias_of(part))

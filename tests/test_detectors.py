@@ -9,16 +9,15 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from distributed import run_workers
 from models import DETECTORS, FASTER, FCOS, NUM_CLASSES, RETINANET, batch, config
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from balanced_det.criterion import Criterion
-from balanced_det.detectors.normalizers import foreground_normalizer
 from balanced_det.errors import InputError
 from balanced_det.losses import CLASSIFICATION_LOSSES
 from balanced_det.priors import prior_bias
 from balanced_det.rows import foreground, level_rows
 from balanced_det.samplers import SAMPLERS, AllSampler
+from balanced_det.selection import PerForegroundRow, Quota, Rows, Sampler, Selection
 
 PART = {name: "DENSE" if name in ("retinanet", "fcos") else "ROI_HEADS" for name in DETECTORS}
 SAMPLING_FREE = {
@@ -28,6 +27,7 @@ SAMPLING_FREE = {
     "BALANCE.RPN.GUIDED_LOSS": True,
     "BALANCE.ROI_HEADS.SAMPLER": "AllSampler",
     "BALANCE.ROI_HEADS.GUIDED_LOSS": True,
+    "BALANCE.ROI_HEADS.GUIDED_FACTOR": 2.0,
 }
 ONE_CLASS = {f"MODEL.{part}.NUM_CLASSES": 1 for part in ("RETINANET", "FCOS", "ROI_HEADS")}
 # Batches that training meets: ordinary, with an image without objects, without any object.
@@ -35,6 +35,9 @@ BATCHES = [(2, 3), (0, 2), (0, 0)]
 
 each_detector = pytest.mark.parametrize("name", DETECTORS)
 each_loss = pytest.mark.parametrize("loss", CLASSIFICATION_LOSSES.names())
+each_dense_loss = pytest.mark.parametrize(
+    "loss", [name for name, loss in CLASSIFICATION_LOSSES if "DENSE" not in loss.refused_on]
+)
 
 
 def build(name, *choices):
@@ -42,7 +45,8 @@ def build(name, *choices):
     torch.manual_seed(0)
     model = build_model(config(DETECTORS[name], *choices))
     frequency = torch.tensor([0.9, 0.5, 0.3, 0.001, 0.0])
-    state = {k: frequency[: len(v)] for k, v in model.state_dict().items() if "frequency" in k}
+    counted = ("class_frequency", "class_counts")  # 900 images would do as well
+    state = {k: frequency[: len(v)] for k, v in model.state_dict().items() if k.endswith(counted)}
     model.load_state_dict(state, strict=False)
     return model.train()
 
@@ -101,7 +105,11 @@ def recorded_rows(criterion):
 
 @each_loss
 @each_detector
-def test_every_classification_loss_trains(name, loss):
+def test_every_classification_loss_trains_or_is_refused(name, loss):
+    if PART[name] in CLASSIFICATION_LOSSES.get(loss).refused_on:
+        with pytest.raises(InputError, match=f"'{loss}' is refused"):
+            build(name, {f"BALANCE.{PART[name]}.CLASSIFICATION_LOSS": loss})
+        return
     model = build(name, {f"BALANCE.{PART[name]}.CLASSIFICATION_LOSS": loss})
     for num_objects in BATCHES:
         assert_trains(model, batch(num_objects))
@@ -156,7 +164,7 @@ def test_one_class_is_enough_for_softmax(name):
 )
 def test_dense_detectors_train_on_the_sampled_rows_alone(name, sampler):
     model = build(name, {"BALANCE.DENSE.SAMPLER": sampler})
-    model.rows_per_image, model.positive_fraction = 20, 0.1
+    model.selection.quota = Quota(20, 0.1)
     with recorded_rows(model.criterion) as calls:
         train_step(model, batch((2, 3)))
     ((_, labels),) = calls
@@ -192,14 +200,11 @@ def test_ohem_keeps_the_hardest_rows_of_each_kind(name, part):
         for parameter in owner.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     if part == "DENSE":
-        owner.rows_per_image = 24
+        owner.selection.quota = Quota(24, 0.25)
 
     with recorded_rows(owner.criterion) as calls:
         train_step(model, batch((3,)))
-        if part == "ROI_HEADS":
-            owner.hard_sampler = None
-        else:
-            owner.sampler = AllSampler()
+        owner.selection.sampler = AllSampler()
         train_step(model, batch((3,)))
     (logits, chosen), (_, labels) = calls
     losses = owner.criterion.classification_loss.row_losses(logits, labels)
@@ -213,26 +218,6 @@ def test_ohem_keeps_the_hardest_rows_of_each_kind(name, part):
         left_out = losses[kind & ~is_chosen]
         if len(left_out):
             assert losses[kind & is_chosen].min() >= left_out.max()
-
-
-@each_loss
-def test_row_losses_are_the_plain_cross_entropies(loss):
-    frequency = {} if "Equalization" not in loss else {"class_frequency": [0.0, 0.5, 1.0]}
-    loss = CLASSIFICATION_LOSSES.get(loss)(3, **frequency)
-    logits = 4 * torch.randn(2, 6, loss.num_logits)
-    logits.requires_grad_()
-    labels = torch.tensor([[0, 1, 2, 3, -1, 3], [-1, 3, 3, 2, 1, 0]])
-    losses = loss.row_losses(logits, labels)
-    assert losses.shape == labels.shape and not losses.requires_grad
-    assert (losses[labels < 0] == 0).all()
-    x, y = logits.detach()[labels >= 0].double(), labels[labels >= 0]
-    if loss.num_logits == 3:
-        one_hot = F.one_hot(y, 4)[:, :3].double()
-        expected = F.binary_cross_entropy_with_logits(x, one_hot, reduction="none").sum(dim=1)
-    else:
-        expected = F.cross_entropy(x, y, reduction="none")
-    # Float32 rounding of sums of numbers up to about 15.
-    torch.testing.assert_close(losses[labels >= 0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_float16_gradients_survive_the_normalizer_under_a_gradient_scaler():
@@ -324,14 +309,59 @@ def test_region_head_without_any_proposal_gives_zeros_that_backpropagate(loss):
 
 
 def test_normalizer_counts_foreground_or_else_all_rows():
-    labels = torch.tensor([[0, 2, -1], [2, 1, 2]])
-    valid = labels >= 0
-    assert foreground_normalizer(foreground(labels, 2), valid) == 2
-    assert foreground_normalizer(torch.zeros_like(valid), valid) == 5
-    assert foreground_normalizer(torch.zeros_like(valid), torch.zeros_like(valid)) == 0
+    for labels, expected in (
+        ([[0, 2, -1], [2, 1, 2]], 2),
+        ([[2, 2, -1], [2, 2, 2]], 5),
+        ([[-1, -1, -1]], 0),
+    ):
+        assert PerForegroundRow()(Rows(torch.tensor(labels), 2), None) == expected
 
 
-@each_loss
+class EveryRow(Sampler):
+    """A sampler of one's own that takes all rows."""
+
+    takes_all = True
+
+    def __call__(self, rows, quota, generator=None):
+        return rows.takes_part
+
+
+@each_detector
+def test_a_sampler_of_ones_own_that_takes_all_rows_trains_as_ours(name):
+    losses = []
+    for sampler in (AllSampler(), EveryRow()):
+        model = build(name, {f"BALANCE.{part}.SAMPLER": "AllSampler" for part in ("DENSE", "RPN")})
+        for module in model.modules():
+            if isinstance(module, Selection):
+                module.sampler = sampler
+                if module is not getattr(model, "selection", None):
+                    module.divisor = Selection(sampler).divisor
+        losses.append(train_step(model, batch()))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("sampler", ["OHEMSampler", "RandomSampler"])
+def test_losses_leave_what_they_are_given_as_it_is(sampler):
+    model = build("mask", {"BALANCE.ROI_HEADS.SAMPLER": sampler})
+    heads = model.roi_heads
+    heads.box_predictor.losses, losses = record_calls(heads.box_predictor.losses)
+    train_step(model, batch())
+    ((_, proposals), before) = losses[0]
+    for p, labels in zip(proposals, before, strict=True):
+        assert torch.equal(p.gt_classes, labels)
+
+
+def record_calls(losses):
+    calls = []
+
+    def wrapped(predictions, proposals):
+        calls.append(((predictions, proposals), [p.gt_classes.clone() for p in proposals]))
+        return losses(predictions, proposals)
+
+    return wrapped, calls
+
+
+@each_dense_loss
 @torch.no_grad()
 def test_dense_detections_are_scored_by_the_loss(loss):
     keys = {"BALANCE.DENSE.CLASSIFICATION_LOSS": loss, "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0}
@@ -340,13 +370,15 @@ def test_dense_detections_are_scored_by_the_loss(loss):
     features = model.backbone(model.preprocess_image(inputs).tensor)
     logits, _ = model.head([features[name] for name in model.head_in_features])
     scores = [model.criterion.scores(level_rows(x, model.criterion.num_logits)) for x in logits]
-    best = torch.stack([x.flatten(1).amax(dim=1) for x in scores]).amax(dim=0)  # (N,)
-    for output, score in zip(model(inputs), best, strict=True):
+    scores = torch.cat([x.flatten(1, -2) for x in scores], dim=1)  # (N, R, K)
+    for output, of_image in zip(model(inputs), scores, strict=True):
         detections = output["instances"]
         assert len(detections) > 0
         assert detections.pred_classes.max() < NUM_CLASSES
-        # The same float32 arithmetic on the same numbers, batched otherwise.
-        torch.testing.assert_close(detections.scores.max(), score, rtol=1e-5, atol=0)
+        # Each detection has the score of its class in some row: the same float32 arithmetic on the
+        # same numbers, batched otherwise.
+        distance = (of_image[:, detections.pred_classes] / detections.scores - 1).abs()  # (R, D)
+        assert distance.amin(dim=0).max() < 1e-5
 
 
 @each_loss
@@ -373,7 +405,7 @@ REFUSALS = {
     "unknown loss": (RETINANET, "DENSE.CLASSIFICATION_LOSS", "FocalLos", "FocalLoss, GHMClass"),
     "unknown box loss": (FASTER, "ROI_HEADS.BOX_LOSS", "L2", "SmoothL1Loss"),
     "unknown sampler": (FASTER, "RPN.SAMPLER", "random", "RandomSampler"),
-    "unknown threshold": (RETINANET, "DENSE.SCORE_THRESHOLD", "adaptive", "class_adaptive"),
+    "unknown threshold": (RETINANET, "DENSE.SCORE_THRESHOLD", "adaptive", "ClassAdaptiveThreshold"),
     "impossible prior": (RETINANET, "DENSE.PRIOR_PROB", 1.0, "DENSE.PRIOR_PROB.*between 0 and 1"),
     "prior of no use": (RETINANET, "DENSE.PRIOR_PROB", 0.0, "DENSE.PRIOR_PROB.*between 0 and 1"),
     "prior of objectness": (FASTER, "RPN.PRIOR_PROB", 2.0, "RPN.PRIOR_PROB.*between 0 and 1"),

@@ -18,6 +18,7 @@ ALL_SAMPLED = {
 STOCK = {
     "MODEL.PROPOSAL_GENERATOR.NAME": "RPN",
     "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
     "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": 0.0,
 }
 
@@ -75,10 +76,19 @@ def gradients(model, inputs):
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("num_objects", [(2, 3), (0, 2)])
-def test_losses_and_gradients_are_detectron2s(pair, num_objects):
+BATCHES = {
+    "two images": batch((2, 3)),
+    "an image without objects": batch((0, 2)),
+    "no object at all": batch((0, 0)),
+    "one object": batch((1,)),
+    "many objects and none": batch((60, 0)),
+    "polygons": batch((2, 3, 0), polygons=True),
+}
+
+
+@pytest.mark.parametrize("inputs", BATCHES.values(), ids=BATCHES)
+def test_losses_and_gradients_are_detectron2s(pair, inputs):
     ours, stock = pair
-    inputs = batch(num_objects)
     torch.testing.assert_close(losses(ours, inputs), losses(stock, inputs), **TOLERANCE)
     ours_grad, stock_grad = gradients(ours, inputs), gradients(stock, inputs)
     assert ours_grad.keys() == stock_grad.keys()

@@ -1,14 +1,22 @@
 """What the one-stage detectors share: rows of all pyramid levels, read where the head left them."""
 
 import torch
+from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..build import build_criterion, build_sampler, initial_prior
-from ..distributed import num_workers, sum_over_workers
-from ..rows import foreground, ignore_others, level_rows, split_levels
-from ..samplers import AllSampler
-from .thresholds import CountedScoreThreshold, build_score_threshold
+from ..build import (
+    build_criterion,
+    build_sampler,
+    build_score_threshold,
+    initial_prior,
+    quota_arguments,
+)
+from ..rows import level_rows, split_levels
+from ..selection import PerForegroundOnAverage, Selection
+from .inference import dense_detections
+from .matching import Objects
+from .thresholds import CountedScoreThreshold
 from .wide_conv import WideConv2d
 
 
@@ -17,39 +25,18 @@ class BalancedDenseDetector(CountedScoreThreshold):
 
     Args:
         criterion: the :class:`~balanced_det.criterion.Criterion`.
-        sampler: which rows take part, see :mod:`balanced_det.samplers`.
-        score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
+        selection: the :class:`~balanced_det.selection.Selection`, which rows take part.
+        score_threshold: the :class:`~balanced_det.thresholds.ScoreThreshold`.
         prior_prob: the probability that every class starts with.
-        rows_per_image, positive_fraction: how many rows a sampler other than "all" takes.
         kwargs: Detectron2's own arguments.
-
-    Attributes:
-        initial_normalizer: foreground rows of a batch while none was seen, as Detectron2 has it.
     """
 
-    initial_normalizer = None
-
-    def __init__(
-        self,
-        *,
-        criterion,
-        sampler,
-        score_threshold,
-        prior_prob=0.01,
-        rows_per_image=512,
-        positive_fraction=0.25,
-        **kwargs,
-    ):
+    def __init__(self, *, criterion, selection, score_threshold, prior_prob=0.01, **kwargs):
         super().__init__(**kwargs)
         self.criterion = criterion
-        self.sampler = sampler
+        self.selection = selection
         self.score_threshold = score_threshold
-        self.rows_per_image = rows_per_image
-        self.positive_fraction = positive_fraction
         self.set_prior(prior_prob)
-        # Foreground rows of a worker's batch, a moving average as Detectron2 has it. A buffer, so
-        # that it is saved with the model and no step waits for the device to know it.
-        self.register_buffer("loss_normalizer", torch.tensor(float(self.initial_normalizer)))
 
     def set_prior(self, prior_prob):
         """Start every class at the given probability: set the bias of the last layer."""
@@ -63,100 +50,109 @@ class BalancedDenseDetector(CountedScoreThreshold):
         """The names of the feature maps that have rows, fine to coarse."""
         return self.head_in_features
 
+    def label_anchors(self, anchors, objects):
+        """Label the rows of a batch, before any are chosen.
+
+        Args:
+            anchors: Detectron2's ``Boxes`` of each level, Ri rows.
+            objects: the batch's :class:`~balanced_det.detectors.matching.Objects`.
+
+        Returns:
+            :class:`~balanced_det.selection.Rows`, (N, R).
+        """
+        raise NotImplementedError
+
     def label_rows(self, features, instances):
-        """Return the labels (R,) of one image's rows.
+        """Return the labels (N, R) of a batch's rows, after sampling where that needs no losses.
 
         Args:
             features: one tensor a level, of which only the last two sizes matter.
-            instances: ``Instances`` with ``gt_boxes`` and ``gt_classes``.
+            instances: one ``Instances`` an image, with ``gt_boxes`` and ``gt_classes``.
         """
-        return self.label_anchors(self.anchor_generator(features), [instances])[0][0]
+        rows = self.label_anchors(self.anchor_generator(features), Objects.of(instances))
+        return (rows if self.selection.sampler.needs_losses else self.selection(rows)).labels
 
-    def sample_rows(self, labels, ious=None, matched_idxs=None):
-        """Return a copy of one image's labels (R,) in which the rows not sampled are ignored.
-
-        A sampler by loss chooses later, when the losses are known: it gets the labels as they are.
+    def _dense_losses(self, anchors, logits, deltas, gt_instances):
+        """Return the losses of a batch.
 
         Args:
-            labels: (R,).
-            ious, matched_idxs: (R,), what a sampler by IoU asks for.
-        """
-        if self.sampler.needs_losses or isinstance(self.sampler, AllSampler):
-            return labels
-        return self._kept(labels, ious=ious, matched_idxs=matched_idxs)
-
-    def _kept(self, labels, ious=None, **options):
-        kept = self.sampler(
-            labels, ious, self.rows_per_image, self.positive_fraction, self.num_classes, **options
-        )
-        return ignore_others(labels, torch.cat(kept))
-
-    def _dense_losses(self, anchors, logits, deltas, gt_labels, gt_boxes):
-        """Return the criterion's losses and the foreground rows that they were computed on.
-
-        Args:
-            anchors: (R, 4), of all levels.
+            anchors: Detectron2's ``Boxes`` of each level, R in all.
             logits, deltas: the head's output, (N, A num_logits, H, W) and (N, A 4, H, W) a level.
-            gt_labels: (N, R).
-            gt_boxes: (N, R, 4).
+            gt_instances: one ``Instances`` an image.
 
         Returns:
-            (losses, (image, anchor)): the index vectors of the F foreground rows.
+            (losses, foreground, normalizer): the criterion's losses; the foreground rows that they
+            were computed on, as (image, anchor, their anchors (F, 4), their objects' boxes (F, 4));
+            and what the losses were divided by.
         """
+        objects = Objects.of(gt_instances)
         levels = [level_rows(x, self.criterion.num_logits) for x in logits]
-        if self.sampler.needs_losses:
-            gt_labels = self._hard_rows(levels, gt_labels)
-        image, anchor = foreground(gt_labels, self.num_classes).nonzero(as_tuple=True)  # (F,)
-        get_event_storage().put_scalar("num_pos_anchors", len(image) / len(gt_labels))
+        rows = self.label_anchors(anchors, objects)
+        rows = self.selection(rows, lambda: self._row_losses(levels, rows.labels))
+        image, anchor = rows.foreground.nonzero(as_tuple=True)  # (F,), the one copy to the host
+        get_event_storage().put_scalar("num_pos_anchors", len(image) / len(gt_instances))
 
+        sources = Boxes.cat(anchors).tensor[anchor]
+        targets = objects.boxes[image, rows.matched[image, anchor]]
         boxes = self.criterion.box_pairs(
             self.box2box_transform,
-            anchors[anchor],
+            sources,
             torch.cat([level_rows(x, 4).flatten(1, 3) for x in deltas], dim=1)[image, anchor],
-            gt_boxes[image, anchor],
+            targets,
         )
+        normalizer = self.selection.normalizer(rows)
         losses = self.criterion(
             levels,
-            split_levels(gt_labels, levels),
+            split_levels(rows.labels, levels),
             boxes,
-            self._update_normalizer(len(image)),
+            normalizer,
             # Nobody reads the logits after their loss: the gradient may take their place.
             overwrite_logits=True,
         )
-        return losses, (image, anchor)
+        return losses, (image, anchor, sources, targets), normalizer
 
-    def _update_normalizer(self, num_foreground, momentum=0.9):
-        count = self.loss_normalizer.new_tensor(float(max(num_foreground, 1)))
-        count = sum_over_workers(count) / num_workers()
-        self.loss_normalizer.lerp_(count, 1 - momentum)
-        return self.loss_normalizer.clone()
+    def _detections(self, anchors, logits, deltas, images, centerness=None):
+        """Return one ``Instances`` an image; see :func:`.inference.dense_detections`."""
+        return dense_detections(
+            anchors,
+            logits,
+            deltas,
+            images.image_sizes,
+            self.criterion,
+            self.box2box_transform,
+            score_threshold=self.test_score_thresh,
+            topk_per_level=self.test_topk_candidates,
+            nms_threshold=self.test_nms_thresh,
+            detections_per_image=self.max_detections_per_image,
+            centerness=centerness,
+        )
 
-    @torch.no_grad()
-    def _hard_rows(self, levels, gt_labels):
-        losses = [
-            self.criterion.classification_loss.row_losses(rows, labels).flatten(1)
-            for rows, labels in zip(levels, split_levels(gt_labels, levels), strict=True)
-        ]
-        images = zip(gt_labels, torch.cat(losses, dim=1), strict=True)
-        return torch.stack([self._kept(y, losses=losses_of_image) for y, losses_of_image in images])
+    def _row_losses(self, levels, labels):
+        """Return the loss (N, R) of every row."""
+        row_losses = self.criterion.classification_loss.row_losses
+        parts = zip(levels, split_levels(labels, levels), strict=True)
+        return torch.cat([row_losses(x, y).flatten(1) for x, y in parts], dim=1)
 
 
-def balance_arguments(cfg, num_classes, fixed_threshold):
+def balance_arguments(cfg, num_classes, fixed_threshold, initial_normalizer):
     """Translate ``cfg.BALANCE.DENSE`` into the arguments of :class:`BalancedDenseDetector`.
 
     Args:
         cfg: the whole config.
         num_classes: K.
         fixed_threshold: Detectron2's own score threshold.
+        initial_normalizer: foreground rows of a batch while none was seen, as Detectron2 has it.
     """
-    keys = cfg.BALANCE.DENSE
+    sampler = build_sampler(cfg, "DENSE")
     return {
         "criterion": build_criterion(cfg, "DENSE", num_classes),
-        "sampler": build_sampler(cfg, "DENSE"),
+        "selection": Selection(
+            sampler,
+            PerForegroundOnAverage(initial_normalizer),
+            **quota_arguments(cfg, "DENSE", sampler),
+        ),
         "score_threshold": build_score_threshold(cfg, "DENSE", num_classes, fixed_threshold),
         "prior_prob": initial_prior(cfg, "DENSE"),
-        "rows_per_image": keys.ROWS_PER_IMAGE,
-        "positive_fraction": keys.POSITIVE_FRACTION,
     }
 
 

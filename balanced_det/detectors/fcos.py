@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..losses.base import normalize
 from .dense import BalancedDenseDetector, balance_arguments
+from .matching import match_points
 from .thresholds import CountedScoreThreshold
 
 
@@ -22,14 +23,18 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
     """Detectron2's ``FCOS``, with its losses and sampler taken from ``BALANCE.DENSE``.
 
     Args:
-        kwargs: the arguments of :class:`BalancedDenseDetector`, and Detectron2's own.
+        selection: as in :class:`BalancedDenseDetector`; points have no IoU to choose by.
+        kwargs: the other arguments of that, and Detectron2's own.
     """
 
-    initial_normalizer = 300
-
     @configurable
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *, selection, **kwargs):
+        if selection.sampler.needs_ious:
+            raise InputError(
+                f"BALANCE.DENSE.SAMPLER: '{type(selection.sampler).__name__}' chooses by IoU, "
+                "which the points of FCOS do not have."
+            )
+        super().__init__(selection=selection, **kwargs)
 
     @classmethod
     def from_config(cls, cfg):
@@ -37,12 +42,7 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
         fcos = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
         shapes = [backbone.output_shape()[name] for name in fcos.IN_FEATURES]
-        balance = balance_arguments(cfg, fcos.NUM_CLASSES, fcos.SCORE_THRESH_TEST)
-        if balance["sampler"].needs_ious:
-            raise InputError(
-                f"BALANCE.DENSE.SAMPLER: '{cfg.BALANCE.DENSE.SAMPLER}' chooses by IoU, "
-                "which the points of FCOS do not have."
-            )
+        balance = balance_arguments(cfg, fcos.NUM_CLASSES, fcos.SCORE_THRESH_TEST, 300)
         return {
             "backbone": backbone,
             "head": FCOSHead(
@@ -70,52 +70,35 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
         A counted threshold is one of probabilities, so its square root is taken as well.
         """
         threshold = self.score_threshold.value
-        return threshold if self.score_threshold.kind == "fixed" else threshold.sqrt()
+        return threshold.sqrt() if self.score_threshold.counts else threshold
 
-    def label_anchors(self, anchors, gt_instances):
-        """Label and sample; see ``FCOS.label_anchors``. Rows not sampled are ignored."""
-        gt_labels, gt_boxes = super().label_anchors(anchors, gt_instances)
-        return [self.sample_rows(labels) for labels in gt_labels], gt_boxes
+    def label_anchors(self, anchors, objects):
+        """Label the points of a batch by FCOS's rule; see the base class."""
+        levels = [level.tensor for level in anchors]
+        return match_points(objects, levels, self.center_sampling_radius).rows(
+            objects, self.num_classes
+        )
 
     def forward_training(self, images, features, predictions, gt_instances):
         """Return ``{"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}``, as Detectron2 does."""
         logits, deltas, centerness = predictions
-        anchors = self.anchor_generator(features)
-        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
-        losses, (image, anchor) = self._dense_losses(
-            Boxes.cat(anchors).tensor,
-            logits,
-            deltas,
-            torch.stack(gt_labels),
-            torch.stack(gt_boxes),
+        losses, (image, anchor, sources, targets), normalizer = self._dense_losses(
+            self.anchor_generator(features), logits, deltas, gt_instances
         )
-        targets = self.compute_ctrness_targets(anchors, gt_boxes)[image, anchor]  # (F,)
+        # Of the foreground rows alone, as if they were those of one image.
+        target = self.compute_ctrness_targets([Boxes(sources)], [targets])[0]  # (F,)
         centerness = torch.cat([x.flatten(1) for x in centerness], dim=1)[image, anchor]
         loss_centerness = F.binary_cross_entropy_with_logits(
-            centerness.float(), targets, reduction="sum"
+            centerness.float(), target, reduction="sum"
         )
         return {
             "loss_fcos_cls": losses["loss_cls"],
             "loss_fcos_loc": losses["loss_box_reg"],
-            "loss_fcos_ctr": normalize(loss_centerness, self.loss_normalizer),
+            "loss_fcos_ctr": normalize(loss_centerness, normalizer),
         }
 
     def forward_inference(self, images, features, predictions):
         """Return one ``Instances`` an image; arguments as in Detectron2."""
-        logits, deltas, centerness = self._transpose_dense_predictions(
-            predictions, [self.criterion.num_logits, 4, 1]
-        )
+        logits, deltas, centerness = predictions
         anchors = self.anchor_generator(features)
-        return [
-            self.inference_single_image(
-                anchors,
-                [
-                    # The geometric mean of both, as in arXiv 2006.09214, Eq. 4.
-                    (self.criterion.scores(x[i]) * c[i].float().sigmoid()).sqrt()
-                    for x, c in zip(logits, centerness, strict=True)
-                ],
-                [x[i] for x in deltas],
-                image_size,
-            )
-            for i, image_size in enumerate(images.image_sizes)
-        ]
+        return self._detections(anchors, logits, deltas, images, centerness)

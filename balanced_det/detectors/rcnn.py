@@ -1,216 +1,130 @@
 """Region heads of Faster, Mask and Cascade R-CNN with any loss and sampler of ``BALANCE``.
 
-One adapter serves all three: Detectron2 builds its heads, and the box predictor of each stage is
-exchanged for :class:`BalancedFastRCNNOutputLayers`. With cross entropy, smooth L1 and random
+Detectron2 builds its heads, and the box predictor of each stage is exchanged for
+:class:`~balanced_det.detectors.box_predictor.BalancedFastRCNNOutputLayers`. Proposals are labelled,
+sampled and given their targets for all images at once. With cross entropy, smooth L1 and random
 sampling the losses are Detectron2's own.
+
+Letters: N images, R proposals of an image at most, T proposals that take part in all.
 """
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import cat
-from detectron2.modeling.roi_heads import (
-    ROI_HEADS_REGISTRY,
-    CascadeROIHeads,
-    FastRCNNOutputLayers,
-    StandardROIHeads,
-)
-from detectron2.modeling.roi_heads.fast_rcnn import _log_classification_stats
-from torch import nn
-from torch.nn import functional as F
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
+from detectron2.structures import Boxes, Instances
 
-from ..build import build_criterion, build_sampler, initial_prior, refuse_overridden_keys
-from ..rows import foreground, ignore_others
-from ..samplers import AllSampler
-from .matching import IoUKeepingMatcher
-from .normalizers import foreground_normalizer
-from .thresholds import CountedScoreThreshold, build_score_threshold
-
-_REPLACED_KEYS = {
-    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (0.0, "BALANCE.SmoothL1Loss.BETA"),
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1", "BALANCE.ROI_HEADS.BOX_LOSS"),
-    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False, "BALANCE.ROI_HEADS.CLASSIFICATION_LOSS"),
-    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False, "BALANCE.ROI_HEADS.CLASSIFICATION_LOSS"),
-}
+from ..build import refuse_overridden_keys
+from ..rows import nonzero, on_device
+from .box_predictor import REPLACED_KEYS, BalancedFastRCNNOutputLayers, proposal_selection
+from .mask_head import MatchedMasks, foreground_proposals
+from .matching import Objects, match, pad
+from .proposals import clip
 
 
-class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
-    """Detectron2's box predictor, with its losses, layer size and scores taken from a criterion.
-
-    Args:
-        input_shape: shape of a region's features.
-        criterion: the :class:`~balanced_det.criterion.Criterion`.
-        score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
-        prior_prob: the probability that every class starts with; None leaves the bias at zero.
-        all_rows: all proposals take part, and the losses are per foreground row; otherwise they
-            are per sampled row, as Detectron2's.
-        hard_sampler: picks rows by their loss (OHEM) out of all that are given; None keeps all.
-        batch_size_per_image, positive_fraction: how many rows ``hard_sampler`` picks.
-        kwargs: Detectron2's own arguments.
-    """
-
-    @configurable
-    def __init__(
-        self,
-        input_shape,
-        *,
-        criterion,
-        score_threshold,
-        prior_prob=None,
-        all_rows=False,
-        hard_sampler=None,
-        batch_size_per_image=512,
-        positive_fraction=0.25,
-        **kwargs,
-    ):
-        super().__init__(input_shape, **kwargs)
-        if criterion.num_logits != self.cls_score.out_features:
-            self.cls_score = nn.Linear(self.cls_score.in_features, criterion.num_logits)
-            nn.init.normal_(self.cls_score.weight, std=0.01)
-        with torch.no_grad():
-            self.cls_score.bias.copy_(criterion.classification_loss.initial_bias(prior_prob))
-        self.criterion = criterion
-        self.score_threshold = score_threshold
-        self.all_rows = all_rows
-        self.hard_sampler = hard_sampler
-        self.batch_size_per_image = batch_size_per_image
-        self.positive_fraction = positive_fraction
-
-    @classmethod
-    def from_config(cls, cfg, input_shape):
-        """Translate the config, see :class:`BalancedFastRCNNOutputLayers`."""
-        ret = super().from_config(cfg, input_shape)
-        sampler = build_sampler(cfg, "ROI_HEADS")
-        ret.update(
-            criterion=build_criterion(
-                cfg,
-                "ROI_HEADS",
-                ret["num_classes"],
-                box_weight=cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT,
-            ),
-            score_threshold=build_score_threshold(
-                cfg, "ROI_HEADS", ret["num_classes"], ret["test_score_thresh"]
-            ),
-            prior_prob=initial_prior(cfg, "ROI_HEADS"),
-            all_rows=isinstance(sampler, AllSampler),
-            hard_sampler=sampler if sampler.needs_losses else None,
-            batch_size_per_image=cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE,
-            positive_fraction=cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION,
-        )
-        return ret
-
-    def losses(self, predictions, proposals):
-        """Return ``{"loss_cls", "loss_box_reg"}``, both per row that takes part.
-
-        Args:
-            predictions: logits (R, num_logits) and deltas (R, 4) or (R, 4 K), see ``forward``.
-            proposals: one ``Instances`` an image with ``proposal_boxes``, ``gt_classes`` and, where
-                the image holds objects, ``gt_boxes``.
-        """
-        logits, deltas = predictions
-        if self.hard_sampler is not None:
-            self._ignore_easy_rows(logits, proposals)
-        labels = cat([p.gt_classes for p in proposals])  # (R,)
-        # A row of K sigmoids says background when no class reaches one half.
-        with_background = logits.detach()
-        if self.criterion.num_logits == self.num_classes:
-            with_background = F.pad(with_background, (0, 1))
-        _log_classification_stats(with_background, labels)
-
-        sources = cat([p.proposal_boxes.tensor for p in proposals])  # (R, 4)
-        # An image without objects has no gt_boxes and no foreground row that would need them.
-        targets = cat(
-            [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
-        )
-        is_foreground = foreground(labels, self.num_classes)
-        takes_part = labels >= 0
-        self.score_threshold.observe(is_foreground, takes_part)
-        rows = is_foreground.nonzero().squeeze(1)  # (F,)
-        if deltas.shape[1] != 4:
-            deltas = deltas.unflatten(1, (-1, 4))[rows, labels[rows]]
-        else:
-            deltas = deltas[rows]
-        boxes = self.criterion.box_pairs(
-            self.box2box_transform, sources[rows], deltas, targets[rows]
-        )
-        normalizer = takes_part.sum()  # on the device: no step waits for it
-        if self.all_rows:
-            normalizer = foreground_normalizer(is_foreground, takes_part)
-        return self.criterion(logits, labels, boxes, normalizer)
-
-    def predict_probs(self, predictions, proposals):
-        """Return one (Ri, K + 1) tensor an image, of which Detectron2 drops the last column."""
-        scores = F.pad(self.criterion.scores(predictions[0]), (0, 1))
-        return scores.split([len(p) for p in proposals])
-
-    @torch.no_grad()
-    def _ignore_easy_rows(self, logits, proposals):
-        losses = self.criterion.classification_loss.row_losses(
-            logits, cat([p.gt_classes for p in proposals])
-        )
-        losses = losses.split([len(p) for p in proposals])
-        for p, losses_of_image in zip(proposals, losses, strict=True):
-            kept = self.hard_sampler(
-                p.gt_classes,
-                None,
-                self.batch_size_per_image,
-                self.positive_fraction,
-                self.num_classes,
-                losses=losses_of_image,
-            )
-            p.gt_classes = ignore_others(p.gt_classes, torch.cat(kept))
-
-
-class _BalancedSampling:
-    """Sampling of proposals by any sampler, for Detectron2's ``ROIHeads`` to inherit first."""
+class _BatchedROIHeads:
+    """What both heads do for all images at once, to inherit before Detectron2's ``ROIHeads``."""
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         """Translate the config, see the class."""
         # Before Detectron2 builds its own predictor, which would refuse some of them its way.
-        refuse_overridden_keys(cfg, "ROI_HEADS", _REPLACED_KEYS)
-        return {**super().from_config(cfg, input_shape), "sampler": _proposal_sampler(cfg)}
+        refuse_overridden_keys(cfg, "ROI_HEADS", REPLACED_KEYS)
+        return {**super().from_config(cfg, input_shape), "selection": proposal_selection(cfg)}
 
+    @torch.no_grad()
     def label_and_sample_proposals(self, proposals, targets):
-        """Match and sample, as Detectron2 does; see ``ROIHeads.label_and_sample_proposals``."""
-        self.proposal_matcher.start(self.sampler)
-        return super().label_and_sample_proposals(proposals, targets)
+        """Label the proposals of a batch and keep those that take part.
 
-    def _sample_proposals(self, matched_idxs, matched_labels, gt_classes):
-        if len(gt_classes):
-            labels = gt_classes[matched_idxs]
-            labels[matched_labels == 0] = self.num_classes
-            labels[matched_labels == -1] = -1
-        else:
-            labels = torch.full_like(matched_idxs, self.num_classes)
-        sampled = self._sample(labels, self.proposal_matcher.ious[-1], matched_idxs)
-        return sampled, labels[sampled]
+        A sampler by loss keeps them all here, and chooses when the box head knows their losses.
 
-    def _sample(self, labels, ious, matched_idxs):
-        """Return the indices of the sampled rows of one image, positives first."""
-        chosen = self.sampler(
-            labels,
-            ious,
-            self.batch_size_per_image,
-            self.positive_fraction,
-            self.num_classes,
-            matched_idxs=matched_idxs,
+        Args:
+            proposals: one ``Instances`` an image with ``proposal_boxes``.
+            targets: one ``Instances`` an image with ``gt_boxes``, ``gt_classes`` and, if heads need
+                them, more of Detectron2's ``gt_*``.
+
+        Returns:
+            One ``Instances`` an image with ``proposal_boxes``, ``gt_classes``, ``gt_boxes`` (of a
+            background row, any) and, where the image has objects, the other ``gt_*``.
+        """
+        boxes = [p.proposal_boxes.tensor for p in proposals]
+        if self.proposal_append_gt:
+            boxes = [torch.cat([b, t.gt_boxes.tensor]) for b, t in zip(boxes, targets, strict=True)]
+        objects = Objects.of(targets)
+        padded = pad(boxes)  # (N, R, 4)
+        rows = self._label(padded, [len(b) for b in boxes], objects, self.proposal_matcher)
+        if not self.selection.sampler.needs_losses:
+            rows = self.selection(rows)
+        counts = rows.takes_part.sum(dim=1).tolist()  # the one copy to the host
+        image, row = nonzero(rows.takes_part, sum(counts))  # (T,)
+        matched = rows.matched[image, row]
+        return _instances(
+            [p.image_size for p in proposals],
+            counts,
+            targets,
+            matched,
+            proposal_boxes=Boxes(padded[image, row]),
+            gt_classes=rows.labels[image, row],
+            gt_boxes=Boxes(objects.boxes[image, matched]),
         )
-        return torch.cat(chosen)
+
+    def _label(self, boxes, sizes, objects, matcher):
+        """Return the :class:`~balanced_det.selection.Rows` of padded boxes (N, R, 4).
+
+        Args:
+            boxes: those of image i end at ``sizes[i]``.
+            sizes: N numbers.
+            objects: the batch's :class:`~balanced_det.detectors.matching.Objects`.
+            matcher: Detectron2's ``Matcher``.
+        """
+        place = torch.arange(boxes.shape[1], device=boxes.device)
+        exist = place < on_device(sizes, place).unsqueeze(1)  # (N, R)
+        return match(objects, boxes, matcher).rows(objects, self.num_classes).keep(exist)
+
+    def _forward_mask(self, features, instances):
+        """Train the mask head on the foreground proposals of the batch; see Detectron2's."""
+        if not (self.training and self.mask_on and self.mask_pooler is not None):
+            return super()._forward_mask(features, instances)
+        instances = foreground_proposals(instances, self.num_classes)
+        features = [features[name] for name in self.mask_in_features]
+        features = self.mask_pooler(features, [p.proposal_boxes for p in instances])
+        return self.mask_head(features, instances)
+
+
+def _instances(image_sizes, counts, targets, matched, **fields):
+    """Split the T rows of a batch into one ``Instances`` an image, of ``counts`` rows each."""
+    fields = {name: _split(value, counts) for name, value in fields.items()}
+    batch = []
+    for index, (size, of_image) in enumerate(zip(image_sizes, matched.split(counts), strict=True)):
+        instances = Instances(size, **{name: value[index] for name, value in fields.items()})
+        objects = targets[index]
+        for name, value in objects.get_fields().items():
+            if name == "gt_masks" and len(objects):
+                instances.gt_masks = MatchedMasks(value, of_image)
+            elif name.startswith("gt_") and not instances.has(name) and len(objects):
+                instances.set(name, value[of_image])
+        batch.append(instances)
+    return batch
+
+
+def _split(value, counts):
+    if isinstance(value, Boxes):
+        return [Boxes(part) for part in value.tensor.split(counts)]
+    return value.split(counts)
 
 
 @ROI_HEADS_REGISTRY.register()
-class BalancedROIHeads(_BalancedSampling, StandardROIHeads):
+class BalancedROIHeads(_BatchedROIHeads, StandardROIHeads):
     """``StandardROIHeads`` (Faster and Mask R-CNN) with the losses and sampler of ``BALANCE``.
 
     Args:
-        sampler: which proposals take part, see :mod:`balanced_det.samplers`.
+        selection: the :class:`~balanced_det.selection.Selection`, which proposals take part.
         kwargs: Detectron2's own arguments.
     """
 
     @configurable
-    def __init__(self, *, sampler, proposal_matcher, **kwargs):
-        super().__init__(proposal_matcher=IoUKeepingMatcher(proposal_matcher), **kwargs)
-        self.sampler = sampler
+    def __init__(self, *, selection, **kwargs):
+        super().__init__(**kwargs)
+        self.selection = selection
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape):
@@ -220,33 +134,68 @@ class BalancedROIHeads(_BalancedSampling, StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class BalancedCascadeROIHeads(_BalancedSampling, CascadeROIHeads):
+class BalancedCascadeROIHeads(_BatchedROIHeads, CascadeROIHeads):
     """``CascadeROIHeads`` with the losses and sampler of ``BALANCE`` in every stage.
 
     Args:
-        sampler: which proposals take part, see :mod:`balanced_det.samplers`.
+        selection: the :class:`~balanced_det.selection.Selection`, which proposals take part.
         kwargs: Detectron2's own arguments.
     """
 
     @configurable
-    def __init__(self, *, sampler, proposal_matchers, **kwargs):
-        super().__init__(
-            proposal_matchers=[IoUKeepingMatcher(m) for m in proposal_matchers], **kwargs
-        )
-        self.sampler = sampler
+    def __init__(self, *, selection, **kwargs):
+        super().__init__(**kwargs)
+        self.selection = selection
 
+    def _forward_box(self, features, proposals, targets=None):
+        """Run all stages; see ``CascadeROIHeads``. Scores are the mean over the stages."""
+        if self.training:
+            return super()._forward_box(features, proposals, targets)
+        features = [features[name] for name in self.box_in_features]
+        image_sizes = [p.image_size for p in proposals]
+        scores, boxes = 0, None
+        for stage, predictor in enumerate(self.box_predictor):
+            if stage > 0:
+                proposals = self._create_proposals_from_boxes(boxes, image_sizes)
+            predictions = self._run_stage(features, proposals, stage)
+            scores = scores + predictor.criterion.scores(predictions[0])  # (R, K)
+            boxes = predictor.predict_boxes(predictions, proposals)
+        scores = scores * (1.0 / self.num_cascade_stages)
+        return predictor.detections(scores, predictions[1], proposals)[0]
+
+    def _create_proposals_from_boxes(self, boxes, image_sizes):
+        """Return the clipped boxes of a stage as ``Instances``; in training, none is dropped.
+
+        Detectron2 drops empty boxes; here :meth:`_match_and_label_boxes` ignores them, which needs
+        no copy to the host and gives the same losses.
+        """
+        if not self.training:
+            return super()._create_proposals_from_boxes(boxes, image_sizes)
+        sizes = [len(b) for b in boxes]
+        clipped = clip(pad([b.detach() for b in boxes]), image_sizes)  # (N, R, 4)
+        return [
+            Instances(image_size, proposal_boxes=Boxes(of_image[:size]))
+            for of_image, size, image_size in zip(clipped, sizes, image_sizes, strict=True)
+        ]
+
+    @torch.no_grad()
     def _match_and_label_boxes(self, proposals, stage, targets):
-        # A later stage gets the boxes of the one before. Detectron2 trains on all of them; a
-        # sampler that looks at IoUs chooses anew, since the boxes have moved.
-        matcher = self.proposal_matchers[stage]
-        matcher.start(self.sampler)
-        proposals = super()._match_and_label_boxes(proposals, stage, targets)
-        if self.sampler.needs_ious:
-            for p, ious, matched_idxs in zip(
-                proposals, matcher.ious, matcher.matched_idxs, strict=True
-            ):
-                kept = self._sample(p.gt_classes, ious, matched_idxs)
-                p.gt_classes = ignore_others(p.gt_classes, kept)
+        """Label the boxes that the stage before gives this one; see Detectron2's.
+
+        Detectron2 trains on all of them; a sampler by IoU chooses anew, since the boxes have moved.
+        """
+        boxes = [p.proposal_boxes.tensor for p in proposals]
+        sizes = [len(b) for b in boxes]
+        objects, padded = Objects.of(targets), pad(boxes)
+        rows = self._label(padded, sizes, objects, self.proposal_matchers[stage])
+        rows = rows.keep((padded[..., 2:] > padded[..., :2]).all(dim=2))
+        if self.selection.sampler.needs_ious:
+            rows = self.selection(rows)
+        image = torch.arange(len(padded), device=padded.device).unsqueeze(1)
+        of_rows = objects.boxes[image, rows.matched]  # (N, R, 4)
+        for index, (p, size) in enumerate(zip(proposals, sizes, strict=True)):
+            p.gt_classes = rows.labels[index, :size]
+            p.gt_boxes = Boxes(of_rows[index, :size])
         return proposals
 
     @classmethod
@@ -264,9 +213,3 @@ def _balanced(cfg, box_head, predictor):
     return BalancedFastRCNNOutputLayers(
         cfg, box_head.output_shape, box2box_transform=predictor.box2box_transform
     )
-
-
-def _proposal_sampler(cfg):
-    sampler = build_sampler(cfg, "ROI_HEADS")
-    # A sampler by loss sees all proposals, and picks when their losses are known.
-    return AllSampler() if sampler.needs_losses else sampler

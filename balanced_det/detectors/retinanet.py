@@ -3,7 +3,6 @@
 With focal loss and smooth L1 the losses are Detectron2's own.
 """
 
-import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
@@ -11,7 +10,7 @@ from detectron2.structures import Boxes
 
 from ..build import refuse_overridden_keys
 from .dense import BalancedDenseDetector, balance_arguments, replace_classifier
-from .matching import IoUKeepingMatcher
+from .matching import match
 
 _REPLACED_KEYS = {
     "MODEL.RETINANET.FOCAL_LOSS_ALPHA": (0.25, "BALANCE.FocalLoss.ALPHA"),
@@ -27,54 +26,35 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
     """Detectron2's ``RetinaNet``, with its losses and sampler taken from ``BALANCE.DENSE``.
 
     Args:
-        anchor_matcher: Detectron2's ``Matcher``.
         kwargs: the arguments of :class:`BalancedDenseDetector`, and Detectron2's own.
     """
 
-    initial_normalizer = 100
-
     @configurable
-    def __init__(self, *, anchor_matcher, **kwargs):
-        super().__init__(anchor_matcher=IoUKeepingMatcher(anchor_matcher), **kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
 
     @classmethod
     def from_config(cls, cfg):
         """Translate the config, see :class:`BalancedRetinaNet`."""
         refuse_overridden_keys(cfg, "DENSE", _REPLACED_KEYS)
         ret = super().from_config(cfg)
-        ret.update(balance_arguments(cfg, ret["num_classes"], ret["test_score_thresh"]))
+        ret.update(balance_arguments(cfg, ret["num_classes"], ret["test_score_thresh"], 100))
         num_anchors = ret["anchor_generator"].num_anchors[0]
         replace_classifier(ret["head"], num_anchors * ret["criterion"].num_logits)
         return ret
 
-    def label_anchors(self, anchors, gt_instances):
-        """Label and sample; see ``RetinaNet.label_anchors``. Rows not sampled are ignored."""
-        self.anchor_matcher.start(self.sampler)
-        gt_labels, gt_boxes = super().label_anchors(anchors, gt_instances)
-        matches = (gt_labels, self.anchor_matcher.ious, self.anchor_matcher.matched_idxs)
-        return [self.sample_rows(*match) for match in zip(*matches, strict=True)], gt_boxes
+    def label_anchors(self, anchors, objects):
+        """Label the anchors of a batch by their IoU with objects; see the base class."""
+        return match(objects, Boxes.cat(anchors).tensor, self.anchor_matcher).rows(
+            objects, self.num_classes
+        )
 
     def forward_training(self, images, features, predictions, gt_instances):
         """Return ``{"loss_cls", "loss_box_reg"}``; arguments as in Detectron2."""
         anchors = self.anchor_generator(features)
-        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
-        losses, _ = self._dense_losses(
-            Boxes.cat(anchors).tensor, *predictions, torch.stack(gt_labels), torch.stack(gt_boxes)
-        )
-        return losses
+        return self._dense_losses(anchors, *predictions, gt_instances)[0]
 
     def forward_inference(self, images, features, predictions):
         """Return one ``Instances`` an image; arguments as in Detectron2."""
-        logits, deltas = self._transpose_dense_predictions(
-            predictions, [self.criterion.num_logits, 4]
-        )
-        anchors = self.anchor_generator(features)
-        return [
-            self.inference_single_image(
-                anchors,
-                [self.criterion.scores(x[i]) for x in logits],
-                [x[i] for x in deltas],
-                image_size,
-            )
-            for i, image_size in enumerate(images.image_sizes)
-        ]
+        logits, deltas = predictions
+        return self._detections(self.anchor_generator(features), logits, deltas, images)

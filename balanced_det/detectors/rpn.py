@@ -1,6 +1,7 @@
 """A region proposal network with any loss and sampler of ``BALANCE``.
 
-With binary cross entropy, smooth L1 and random sampling the losses are Detectron2's own.
+With binary cross entropy, smooth L1 and random sampling the losses are Detectron2's own, and so are
+the proposals, in order.
 """
 
 import torch
@@ -13,10 +14,10 @@ from torch import nn
 
 from ..build import build_criterion, build_sampler, initial_prior, refuse_overridden_keys
 from ..errors import InputError
-from ..rows import ignore_others, objectness_labels
-from ..samplers import AllSampler
-from .matching import IoUKeepingMatcher
-from .normalizers import foreground_normalizer
+from ..rows import nonzero
+from ..selection import PerForegroundRow, PerQuota, Selection
+from .matching import Objects, match
+from .proposals import top_proposals
 
 _REPLACED_KEYS = {
     "MODEL.RPN.SMOOTH_L1_BETA": (0.0, "BALANCE.SmoothL1Loss.BETA"),
@@ -28,18 +29,22 @@ _REPLACED_KEYS = {
 class BalancedRPN(RPN):
     """Detectron2's ``RPN``, with its losses and sampler taken from ``BALANCE.RPN``.
 
+    Its rows are labelled as those of one class, 0, with background 1.
+
     Args:
         criterion: the :class:`~balanced_det.criterion.Criterion`, of one class.
-        sampler: which anchors take part, see :mod:`balanced_det.samplers`.
+        selection: the :class:`~balanced_det.selection.Selection`, which anchors take part.
         prior_prob: the objectness that every anchor starts with.
         kwargs: Detectron2's own arguments.
     """
 
+    num_classes = 1
+
     @configurable
-    def __init__(self, *, criterion, sampler, prior_prob=0.5, anchor_matcher, **kwargs):
-        super().__init__(anchor_matcher=IoUKeepingMatcher(anchor_matcher), **kwargs)
+    def __init__(self, *, criterion, selection, prior_prob=0.5, **kwargs):
+        super().__init__(**kwargs)
         self.criterion = criterion
-        self.sampler = sampler
+        self.selection = selection
         self.set_prior(prior_prob)
 
     @classmethod
@@ -48,6 +53,7 @@ class BalancedRPN(RPN):
         refuse_overridden_keys(cfg, "RPN", _REPLACED_KEYS)
         ret = super().from_config(cfg, input_shape)
         weights = ret["loss_weight"]
+        sampler = build_sampler(cfg, "RPN")
         ret.update(
             criterion=build_criterion(
                 cfg,
@@ -56,12 +62,15 @@ class BalancedRPN(RPN):
                 classification_weight=weights["loss_rpn_cls"],
                 box_weight=weights["loss_rpn_loc"],
             ),
-            sampler=build_sampler(cfg, "RPN"),
+            selection=Selection(
+                sampler,
+                PerForegroundRow() if sampler.takes_all else PerQuota(),
+                ret["batch_size_per_image"],
+                ret["positive_fraction"],
+            ),
             prior_prob=initial_prior(cfg, "RPN"),
         )
         return ret
-
-    num_classes = 1
 
     @property
     def row_features(self):
@@ -69,14 +78,14 @@ class BalancedRPN(RPN):
         return self.in_features
 
     def label_rows(self, features, instances):
-        """Return the labels (R,) of one image's anchors, after sampling: 0 object, 1 background.
+        """Return the labels (N, R) of a batch's anchors, after sampling where that needs no losses.
 
         Args:
             features: one tensor a level, of which only the last two sizes matter.
-            instances: ``Instances`` with ``gt_boxes``.
+            instances: one ``Instances`` an image, with ``gt_boxes`` and ``gt_classes``.
         """
-        labels, _ = self.label_and_sample_anchors(self.anchor_generator(features), [instances])
-        return objectness_labels(labels[0])
+        rows, _ = self.label_and_sample_anchors(self.anchor_generator(features), instances)
+        return (rows if self.selection.sampler.needs_losses else self.selection(rows)).labels
 
     def set_prior(self, prior_prob):
         """Start every anchor with the given objectness: set the bias of the last layer."""
@@ -89,65 +98,65 @@ class BalancedRPN(RPN):
         bias = self.criterion.classification_loss.initial_bias(prior_prob)
         nn.init.constant_(layer.bias, bias.item())
 
-    def _subsample_labels(self, label):
-        if self.sampler.needs_losses:  # chosen in losses(), when the losses are known
-            return label
-        # Where memory is short, Detectron2 matches on the host.
-        ious, matched_idxs = self.anchor_matcher.ious[-1], self.anchor_matcher.matched_idxs[-1]
-        return self._kept(
-            label,
-            None if ious is None else ious.to(label.device),
-            matched_idxs=matched_idxs.to(label.device),
-        )
-
-    def _kept(self, labels, ious=None, **options):
-        """Return a copy of one image's labels (R,) in which the rows not sampled are ignored."""
-        kept = self.sampler(
-            labels, ious, self.batch_size_per_image, self.positive_fraction, 0, **options
-        )
-        return ignore_others(labels, torch.cat(kept))
-
     def label_and_sample_anchors(self, anchors, gt_instances):
-        """Label and sample, as Detectron2 does; see ``RPN.label_and_sample_anchors``."""
-        self.anchor_matcher.start(self.sampler)
-        return super().label_and_sample_anchors(anchors, gt_instances)
+        """Label the anchors of a batch; which of them take part is chosen in :meth:`losses`.
 
-    def losses(self, anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes):
+        Args:
+            anchors: Detectron2's ``Boxes`` of each level, R in all.
+            gt_instances: one ``Instances`` an image.
+
+        Returns:
+            (:class:`~balanced_det.selection.Rows`, (N, R); the batch's
+            :class:`~balanced_det.detectors.matching.Objects`).
+        """
+        objects = Objects.of(gt_instances)
+        anchors = Boxes.cat(anchors)
+        rows = match(objects, anchors.tensor, self.anchor_matcher).objectness_rows()
+        if self.anchor_boundary_thresh >= 0:
+            sizes = [x.image_size for x in gt_instances]
+            inside = [anchors.inside_box(size, self.anchor_boundary_thresh) for size in sizes]
+            rows = rows.keep(torch.stack(inside))
+        return rows, objects
+
+    def losses(self, anchors, pred_objectness_logits, rows, pred_anchor_deltas, objects):
         """Return ``{"loss_rpn_cls", "loss_rpn_loc"}``.
 
-        Arguments as in Detectron2: per level (N, Hi Wi A) logits and (N, Hi Wi A, 4) deltas, per
-        image (R,) labels (1 object, 0 background, -1 ignored) and (R, 4) boxes.
+        Args:
+            anchors, pred_objectness_logits, pred_anchor_deltas: as in Detectron2, per level: boxes,
+                (N, Hi Wi A) logits and (N, Hi Wi A, 4) deltas.
+            rows, objects: what :meth:`label_and_sample_anchors` returns.
         """
-        logits = cat(pred_objectness_logits, dim=1)  # (N, R)
-        labels = torch.stack(gt_labels)  # (N, R)
-        if self.sampler.needs_losses:
-            labels = self._hard_anchors(logits, labels)
-        image, anchor = (labels == 1).nonzero(as_tuple=True)
-        num_negative = (labels == 0).sum()
+        logits = cat(pred_objectness_logits, dim=1).unsqueeze(-1)  # (N, R, 1)
+        loss = self.criterion.classification_loss
+        rows = self.selection(rows, lambda: loss.row_losses(logits, rows.labels))
+        counts = torch.stack([rows.foreground.sum(), rows.background.sum()])
+        num_foreground, num_background = counts.tolist()  # the one copy to the host
         storage = get_event_storage()
-        storage.put_scalar("rpn/num_pos_anchors", len(image) / len(labels))
-        storage.put_scalar("rpn/num_neg_anchors", num_negative.item() / len(labels))
+        storage.put_scalar("rpn/num_pos_anchors", num_foreground / len(logits))
+        storage.put_scalar("rpn/num_neg_anchors", num_background / len(logits))
 
+        image, anchor = nonzero(rows.foreground, num_foreground)  # (F,)
         boxes = self.criterion.box_pairs(
             self.box2box_transform,
             Boxes.cat(anchors).tensor[anchor],
             cat(pred_anchor_deltas, dim=1)[image, anchor],
-            torch.stack(gt_boxes)[image, anchor],
+            objects.boxes[image, rows.matched[image, anchor]],
         )
-        losses = self.criterion(
-            logits.unsqueeze(-1), objectness_labels(labels), boxes, self._normalizer(labels)
-        )
+        losses = self.criterion(logits, rows.labels, boxes, self.selection.normalizer(rows))
         return {"loss_rpn_cls": losses["loss_cls"], "loss_rpn_loc": losses["loss_box_reg"]}
 
-    def _normalizer(self, labels):
-        if isinstance(self.sampler, AllSampler):
-            return foreground_normalizer(labels == 1, labels >= 0)
-        return self.batch_size_per_image * len(labels)
-
-    @torch.no_grad()
-    def _hard_anchors(self, logits, labels):
-        losses = self.criterion.classification_loss.row_losses(
-            logits.unsqueeze(-1), objectness_labels(labels)
+    def predict_proposals(self, anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes):
+        """Return one ``Instances`` an image; arguments as in Detectron2."""
+        arguments = (anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
+        if torch.jit.is_tracing() or torch.jit.is_scripting():
+            # A trace may see other images than it was made of; ours knows their number.
+            return super().predict_proposals(*arguments)
+        return top_proposals(
+            *arguments,
+            transform=self.box2box_transform,
+            nms_threshold=self.nms_thresh,
+            before_nms=self.pre_nms_topk[self.training],
+            after_nms=self.post_nms_topk[self.training],
+            min_size=self.min_box_size,
+            refuse_infinite=self.training,
         )
-        images = zip(labels, losses, strict=True)
-        return torch.stack([self._kept(y, losses=losses_of_image) for y, losses_of_image in images])

@@ -1,11 +1,12 @@
 """Training: Detectron2's trainer with this project's evaluation, checks and checkpoints."""
 
+from ..config import load_config
 from .checkpoint import Checkpointer, load_trained
 from .classes import check_model_classes
 from .hooks import KeepFrozenStatistics, LogMonitored
 from .launch import is_first_process, num_processes, start
 from .output import locked, remove_checkpoints
-from .preflight import check_run, load_config
+from .preflight import check_run
 from .trainer import Trainer, print_results, train_only
 
 __all__ = [

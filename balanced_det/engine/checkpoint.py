@@ -14,9 +14,9 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
-from ..detectors.thresholds import ScoreThreshold
 from ..errors import InputError, NonFiniteError
 from ..losses.base import BoxLoss, ClassificationLoss
+from ..thresholds import ScoreThreshold
 from .classes import compare_classes, dataset_classes
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def build_checkpointer(
-    model: nn.Module, cfg: CfgNode, names: Iterable[str], **checkpointables
+    model: nn.Module, cfg: CfgNode, names: Iterable[str], counted: bool = True, **checkpointables
 ) -> Checkpointer:
     """Build the checkpointer that ``cfg`` asks for.
 
@@ -239,6 +239,7 @@ def build_checkpointer(
         model, checkpointables: as in Detectron2.
         cfg: the config.
         names: the data sets whose classes the model has.
+        counted: the model has statistics of its data, which ``BALANCE.STATISTICS`` may keep.
     """
     keep = cfg.BALANCE.STATISTICS
     if keep not in ("data", "checkpoint"):
@@ -248,8 +249,7 @@ def build_checkpointer(
         cfg.OUTPUT_DIR,
         classes=next(map(dataset_classes, names), None),
         other_classes=cfg.BALANCE.OTHER_CLASSES,
-        # Without counting there are none of the data.
-        keep_statistics=keep == "data" and cfg.BALANCE.COUNT,
+        keep_statistics=counted and keep == "data",
         trusted=cfg.BALANCE.TRUSTED_WEIGHTS,
         **checkpointables,
     )
@@ -274,7 +274,7 @@ def load_trained(model: nn.Module, cfg: CfgNode, resume: bool = False):
         InputError: that leaves weights or counted thresholds of the model at their start, unless
             ``BALANCE.UNTRAINED`` says that this is wanted; or see :meth:`Checkpointer.load`.
     """
-    checkpointer = build_checkpointer(model, cfg, cfg.DATASETS.TEST)
+    checkpointer = build_checkpointer(model, cfg, cfg.DATASETS.TEST, counted=False)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     missing = untrained(checkpointer)
     if missing and not cfg.BALANCE.UNTRAINED:

@@ -10,6 +10,7 @@ from detectron2.engine import DefaultTrainer, defaults, hooks
 from detectron2.utils import comm
 from tabulate import tabulate
 
+from ..build import build_model
 from ..data.loader import TrainLoader, build_test_loader
 from ..data.registration import training_statistics
 from ..detectors.counting import fit_to_training_data
@@ -46,10 +47,16 @@ class Trainer(DefaultTrainer):
         self._failed = False
 
     @classmethod
-    def build_model(cls, cfg):
-        """Build the model, and freeze all of it but ``BALANCE.TRAIN_ONLY``."""
+    def build_model(cls, cfg, count=True):
+        """Build the model, and freeze all of it but ``BALANCE.TRAIN_ONLY``.
+
+        Args:
+            cfg: the config.
+            count: as in :func:`balanced_det.build.build_model`; False to evaluate.
+        """
         check_model_classes(cfg, cfg.DATASETS.TEST)
-        model = super().build_model(cfg)
+        model = build_model(cfg, count)
+        logger.info("Model:\n%s", model)
         train_only(model, cfg.BALANCE.TRAIN_ONLY)
         return model
 
@@ -66,7 +73,7 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         """Count the training set where the config asks for it, then load as Detectron2 does."""
         resumed = resume and self.checkpointer.has_checkpoint()
-        if self.cfg.BALANCE.COUNT and not resumed:
+        if not resumed:
             fit_to_training_data(getattr(self.model, "module", self.model), self.cfg)
         load_weights(self.checkpointer, self.cfg, resumed)
         if resumed:
@@ -124,8 +131,6 @@ class Trainer(DefaultTrainer):
         try:
             statistics = training_statistics(cfg)
         except InputError as error:
-            if cfg.BALANCE.COUNT:
-                raise
             logger.warning("Evaluating without the training set's class counts: %s", error)
             statistics = None
         return build_evaluator(cfg, dataset_name, output_folder, train_statistics=statistics)

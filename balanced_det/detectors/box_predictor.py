@@ -1,0 +1,169 @@
+"""The box predictor of a region head with any loss, sampler and score threshold of ``BALANCE``."""
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import cat
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.utils.events import get_event_storage
+from torch import nn
+from torch.nn import functional as F
+
+from ..build import build_criterion, build_sampler, build_score_threshold, initial_prior
+from ..rows import nonzero
+from ..selection import Rows, Selection
+from .inference import region_detections
+from .matching import pad
+from .thresholds import CountedScoreThreshold
+
+REPLACED_KEYS = {
+    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (0.0, "BALANCE.SmoothL1Loss.BETA"),
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1", "BALANCE.ROI_HEADS.BOX_LOSS"),
+    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False, "BALANCE.ROI_HEADS.CLASSIFICATION_LOSS"),
+    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False, "BALANCE.ROI_HEADS.CLASSIFICATION_LOSS"),
+}
+
+
+class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
+    """Detectron2's box predictor, with its losses, layer size and scores taken from a criterion.
+
+    Args:
+        input_shape: shape of a region's features.
+        criterion: the :class:`~balanced_det.criterion.Criterion`.
+        selection: the :class:`~balanced_det.selection.Selection`: what the losses are divided by,
+            and with a sampler by loss which of the given rows take part.
+        score_threshold: the :class:`~balanced_det.thresholds.ScoreThreshold`.
+        prior_prob: the probability that every class starts with; None leaves the bias at zero.
+        kwargs: Detectron2's own arguments.
+    """
+
+    @configurable
+    def __init__(
+        self, input_shape, *, criterion, selection, score_threshold, prior_prob=None, **kwargs
+    ):
+        super().__init__(input_shape, **kwargs)
+        if criterion.num_logits != self.cls_score.out_features:
+            self.cls_score = nn.Linear(self.cls_score.in_features, criterion.num_logits)
+            nn.init.normal_(self.cls_score.weight, std=0.01)
+        with torch.no_grad():
+            self.cls_score.bias.copy_(criterion.classification_loss.initial_bias(prior_prob))
+        self.criterion = criterion
+        self.selection = selection
+        self.score_threshold = score_threshold
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        """Translate the config, see :class:`BalancedFastRCNNOutputLayers`."""
+        ret = super().from_config(cfg, input_shape)
+        ret.update(
+            criterion=build_criterion(
+                cfg,
+                "ROI_HEADS",
+                ret["num_classes"],
+                box_weight=cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT,
+            ),
+            selection=proposal_selection(cfg),
+            score_threshold=build_score_threshold(
+                cfg, "ROI_HEADS", ret["num_classes"], ret["test_score_thresh"]
+            ),
+            prior_prob=initial_prior(cfg, "ROI_HEADS"),
+        )
+        return ret
+
+    def losses(self, predictions, proposals):
+        """Return ``{"loss_cls", "loss_box_reg"}``; neither argument is changed.
+
+        Args:
+            predictions: logits (T, num_logits) and deltas (T, 4) or (T, 4 K), see ``forward``.
+            proposals: one ``Instances`` an image, T rows in all, with ``proposal_boxes``,
+                ``gt_classes`` and, where the image holds objects, ``gt_boxes``.
+        """
+        logits, deltas = predictions
+        if not proposals:
+            none = deltas[:0, :4]
+            boxes = self.criterion.box_pairs(self.box2box_transform, none, none, none)
+            return self.criterion(logits[:0], logits.new_zeros(0).long(), boxes, 1)
+        labels = self._labels(logits, proposals)  # (T,)
+        rows = Rows(labels, self.num_classes)
+        self.score_threshold.observe(rows.foreground, rows.takes_part)
+        num_foreground = self._log(logits, rows, len(proposals))
+
+        row = nonzero(rows.foreground, num_foreground)[0]  # (F,)
+        sources = cat([p.proposal_boxes.tensor for p in proposals])  # (T, 4)
+        # An image without objects has no gt_boxes and no foreground row that would need them.
+        targets = cat(
+            [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
+        )
+        if deltas.shape[1] == 4:
+            deltas = deltas[row]
+        else:
+            deltas = deltas.unflatten(1, (-1, 4))[row, labels[row]]
+        boxes = self.criterion.box_pairs(self.box2box_transform, sources[row], deltas, targets[row])
+        return self.criterion(logits, labels, boxes, self.selection.normalizer(rows))
+
+    def _labels(self, logits, proposals):
+        """Return the labels (T,) of the rows, with those ignored that a sampler by loss leaves."""
+        of_images = [p.gt_classes for p in proposals]
+        labels = cat(of_images)
+        if not self.selection.sampler.needs_losses:
+            return labels
+        sizes = [len(x) for x in of_images]
+        losses = self.criterion.classification_loss.row_losses(logits, labels).split(sizes)
+        padded = pad(of_images, -1)  # (N, R)
+        rows = self.selection(Rows(padded, self.num_classes), lambda: pad(losses, 0.0))
+        return torch.cat([x[:size] for x, size in zip(rows.labels, sizes, strict=True)])
+
+    @torch.no_grad()
+    def _log(self, logits, rows, num_images):
+        """Log what Detectron2 logs of a region head; return the number of foreground rows."""
+        predicted = self.criterion.classification_loss.predicted_class(logits)
+        is_right = predicted == rows.labels
+        counts = [
+            rows.foreground,
+            rows.takes_part,
+            is_right,
+            is_right & rows.foreground,
+            (predicted == self.num_classes) & rows.foreground,
+        ]
+        counts = torch.stack(counts).sum(dim=1).tolist()  # the one copy to the host
+        num_foreground, num_rows, right, right_foreground, missed = counts
+        storage = get_event_storage()
+        storage.put_scalar("roi_head/num_fg_samples", num_foreground / num_images)
+        storage.put_scalar("roi_head/num_bg_samples", (num_rows - num_foreground) / num_images)
+        if num_rows:
+            storage.put_scalar("fast_rcnn/cls_accuracy", right / num_rows)
+        if num_foreground:
+            storage.put_scalar("fast_rcnn/fg_cls_accuracy", right_foreground / num_foreground)
+            storage.put_scalar("fast_rcnn/false_negative", missed / num_foreground)
+        return num_foreground
+
+    def inference(self, predictions, proposals):
+        """Return (detections, rows), see :func:`.inference.region_detections`."""
+        logits, deltas = predictions
+        return self.detections(self.criterion.scores(logits), deltas, proposals)
+
+    def detections(self, scores, deltas, proposals):
+        """Return (detections, rows) of given scores (R, K) and deltas (R, 4) or (R, 4 K)."""
+        return region_detections(
+            scores,
+            deltas,
+            proposals,
+            self.box2box_transform,
+            score_threshold=self.test_score_thresh,
+            nms_threshold=self.test_nms_thresh,
+            detections_per_image=self.test_topk_per_image,
+        )
+
+    def predict_probs(self, predictions, proposals):
+        """Return one (Ri, K + 1) tensor an image, of which Detectron2 drops the last column."""
+        scores = F.pad(self.criterion.scores(predictions[0]), (0, 1))
+        return scores.split([len(p) for p in proposals])
+
+
+def proposal_selection(cfg):
+    """Build the :class:`~balanced_det.selection.Selection` of region heads."""
+    keys = cfg.MODEL.ROI_HEADS
+    return Selection(
+        build_sampler(cfg, "ROI_HEADS"),
+        rows_per_image=keys.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=keys.POSITIVE_FRACTION,
+    )

@@ -1,0 +1,298 @@
+"""From scores and box deltas to detections: threshold, best candidates, NMS, for a whole batch.
+
+The detections are Detectron2's own, ties included; what differs is what is looked at on the way.
+With 1,203 classes and a threshold near zero Detectron2 decodes, sorts and suppresses a million
+boxes an image, of which 300 are wanted. Here a box is decoded only once it is known to be a
+candidate, and all images share one call of the grouped NMS.
+
+Region heads. Greedy NMS looks at better boxes of the same class alone. So the detections among the
+best M candidates of an image are the first of all its detections, and if M candidates leave the
+number that is wanted, those are all that count. M starts at some thousands and grows where too few
+survive.
+
+Dense heads. Detectron2 takes the best k (anchor, class) pairs of a level. They lie in the k anchors
+of the best maximum over classes, and where scores rise with logits that maximum is taken of the
+logits as the head left them: one read of the largest tensor, no copy.
+
+"Best" is one order everywhere: by falling score, and among equal scores by rising index of (row,
+class). Detectron2's region heads sort that way. Its dense heads call ``topk``, which leaves the
+order of equal scores open; here it is fixed.
+
+Two things differ from Detectron2 by design. Its ``batched_nms`` adds offsets to the boxes of up to
+1,000 candidates on a CPU and 25,000 on CUDA, which rounds them; here groups do not meet. And its
+second result, the rows of the detections, counts rows without those that were dropped for a number
+that is not finite; here it counts all.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..ops.nms import nms_mask
+from ..rows import level_rows
+
+ABSENT = -1.0  # Stands for the score of a candidate that is none; probabilities are not negative.
+_CANDIDATES = 4096  # Of an image, at first. 300 detections are nearly always found among them.
+_GROWTH = 8
+_ONE_GROUP = 1 << 14  # Up to so many candidates NMS need not ask how many are of one class.
+
+
+def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k best of each line, the smaller index first among equal scores.
+
+    Args:
+        scores: (N, C) float32, each >= 0 or ``ABSENT``; C < 2**31.
+        k: at most C.
+
+    Returns:
+        (scores, indices), (N, k) each. It is what a stable sort begins with, for the price of
+        ``topk``: each score and its index make one integer, and no two of these are equal.
+    """
+    last = scores.shape[1] - 1
+    bits = scores.contiguous().view(torch.int32).long()  # Rise with the number, where it is >= 0.
+    keys = (bits << 32) | (last - torch.arange(last + 1, device=scores.device))
+    keys = keys.topk(k, dim=1).values
+    return (keys >> 32).int().view(torch.float32), last - (keys & 0xFFFFFFFF)
+
+
+def region_detections(
+    scores: Tensor,
+    deltas: Tensor,
+    proposals: Sequence[Instances],
+    box2box_transform: Box2BoxTransform,
+    *,
+    score_threshold: float | Tensor,
+    nms_threshold: float,
+    detections_per_image: int,
+    num_candidates: int = _CANDIDATES,
+) -> tuple[list[Instances], list[Tensor]]:
+    """Return the detections of a region head: Detectron2's ``fast_rcnn_inference``.
+
+    Args:
+        scores: (R, K) probabilities of the proposals of all images, image after image.
+        deltas: (R, 4 K), or (R, 4) for boxes that do not depend on the class.
+        proposals: one ``Instances`` an image with ``proposal_boxes``.
+        box2box_transform: decodes deltas.
+        score_threshold: a score must exceed it; a number or (K,).
+        nms_threshold: IoU beyond which the worse of two boxes of a class is dropped.
+        detections_per_image: at most so many are returned; negative for all.
+        num_candidates: M to begin with, see the module; it changes no result.
+
+    Returns:
+        (detections, rows): for each image ``Instances`` with ``pred_boxes``, ``scores`` and
+        ``pred_classes``, by falling score; and (D,) the proposals that they come from.
+        A proposal with a score or box that is not finite has no detections.
+    """
+    sizes = [len(p) for p in proposals]
+    num_classes = scores.shape[1]
+    sources = torch.cat([p.proposal_boxes.tensor for p in proposals])  # (R, 4)
+    deltas = deltas.unflatten(1, (-1, 4))  # (R, K or 1, 4)
+    usable = _finite_scores(scores) & _finite_boxes(deltas, sources, box2box_transform)
+    passes = (scores > score_threshold) & usable[:, None]
+    # Lines of one length: what is missing to the most proposals of an image is absent.
+    table = pad_sequence(
+        scores.float().where(passes, ABSENT).split(sizes), batch_first=True, padding_value=ABSENT
+    ).flatten(1)  # (N, C), C = max R_i K
+    first_row = torch.tensor([0, *sizes[:-1]], device=scores.device).cumsum(0)[:, None]
+    limits = _limits([p.image_size for p in proposals], sources)  # (N, 1, 4)
+    total = table.shape[1]
+    wanted = total if detections_per_image < 0 else detections_per_image
+    num_candidates = total if detections_per_image < 0 else max(num_candidates, wanted)
+    while True:
+        best, index = stable_topk(table, min(num_candidates, total))  # (N, M)
+        classes = index % num_classes
+        row = index // num_classes + first_row
+        row = row.where(best >= 0, 0)  # a padded row has no proposal
+        own = classes if deltas.shape[1] > 1 else 0
+        boxes = box2box_transform.apply_deltas(
+            deltas[row, own].flatten(0, 1), sources[row].flatten(0, 1)
+        )
+        boxes = boxes.view(*row.shape, 4).clamp(min=0).minimum(limits)
+        kept, position = _suppress(boxes, best, classes, num_classes, nms_threshold, wanted)
+        found = (kept >= 0).sum(dim=1)
+        # All that pass the threshold were candidates, or enough of the candidates survived.
+        enough = (best[:, -1:] < 0).all(dim=1) | (found >= wanted)
+        *found, enough = torch.cat([found, enough.all()[None]]).tolist()
+        if enough or num_candidates >= total:
+            break
+        num_candidates *= _GROWTH
+    sizes = [p.image_size for p in proposals]
+    rows = (row - first_row).gather(1, position)
+    return _instances(sizes, found, boxes, kept, classes, position), _cut(rows, found)
+
+
+def dense_detections(
+    anchors: Sequence[Boxes],
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    image_sizes: Sequence[tuple[int, int]],
+    criterion: torch.nn.Module,
+    box2box_transform: Box2BoxTransform,
+    *,
+    score_threshold: float | Tensor,
+    topk_per_level: int,
+    nms_threshold: float,
+    detections_per_image: int,
+    centerness: Sequence[Tensor] | None = None,
+) -> list[Instances]:
+    """Return the detections of RetinaNet or FCOS: Detectron2's ``inference_single_image``.
+
+    Args:
+        anchors: of each level, A for each of its H W locations.
+        logits, deltas: of each level, (N, A C, H, W) and (N, A 4, H, W), as the head leaves them;
+            C is ``criterion.num_logits``.
+        image_sizes: (height, width) of the N images.
+        criterion: the :class:`~balanced_det.criterion.Criterion`, which makes scores of logits.
+        box2box_transform: decodes deltas.
+        score_threshold: a score must exceed it; a number or (K,).
+        topk_per_level: so many candidates of each level go into NMS.
+        nms_threshold: IoU beyond which the worse of two boxes of a class is dropped.
+        detections_per_image: at most so many are returned.
+        centerness: logits of each level, (N, A, H, W). With them the score is the geometric mean of
+            probability and centerness (arXiv 2006.09214, Eq. 4).
+
+    Returns:
+        For each image ``Instances`` with ``pred_boxes``, not clipped, ``scores`` and
+        ``pred_classes``, by falling score. A score that is not a number is no detection.
+    """
+    centerness = [None] * len(logits) if centerness is None else centerness
+    inputs = list(zip(anchors, logits, deltas, centerness, strict=True))
+    by_logits = criterion.scores_rise_with_logits and not isinstance(score_threshold, Tensor)
+    while True:
+        levels = [
+            _level_candidates(
+                *level, criterion, box2box_transform, score_threshold, topk_per_level, by_logits
+            )
+            for level in inputs
+        ]
+        boxes, scores, classes, has_nan = zip(*levels, strict=True)
+        boxes, scores, classes = (torch.cat(x, dim=1) for x in (boxes, scores, classes))
+        kept, position = _suppress(
+            boxes, scores, classes, criterion.num_classes, nms_threshold, detections_per_image
+        )
+        found = (kept >= 0).sum(dim=1)
+        *found, has_nan = torch.cat([found, torch.stack(has_nan).any()[None]]).tolist()
+        if not has_nan:
+            return _instances(image_sizes, found, boxes, kept, classes, position)
+        by_logits = False  # A maximum over numbers of which one is NaN says nothing of the others.
+
+
+def _level_candidates(
+    anchors, logits, deltas, centerness, criterion, transform, threshold, k, by_logits
+):
+    """Return the best k pairs of an anchor and a class of a level that pass the threshold.
+
+    Returns:
+        (boxes (N, k, 4), scores (N, k) or ``ABSENT``, classes (N, k), whether a maximum was NaN).
+    """
+    logits, deltas = level_rows(logits, criterion.num_logits), level_rows(deltas, 4)
+    n, height, width, num_anchors, _ = logits.shape
+    centerness = None if centerness is None else level_rows(centerness, 1)
+
+    def passing(logits, centerness):
+        scores = _scores(criterion, logits, centerness)
+        return scores.where(scores > threshold, ABSENT)
+
+    # 1. The anchors of the best maximum over classes.
+    if by_logits:
+        best = _scores(criterion, logits.amax(dim=-1, keepdim=True), centerness).squeeze(-1)
+    else:
+        best = passing(logits, centerness).amax(dim=-1)
+    best = best.flatten(1)  # (N, H W A)
+    _, row = stable_topk(best, min(k, best.shape[1]))
+    row = row.sort(dim=1).values  # (N, k), so that the order of pairs is that of (row, class)
+    image = torch.arange(n, device=row.device)[:, None]
+    at = (image, row // num_anchors // width, row // num_anchors % width, row % num_anchors)
+
+    # 2. The best pairs of these anchors.
+    pairs = passing(logits[at], None if centerness is None else centerness[at])  # (N, k, K)
+    scores, index = stable_topk(pairs.flatten(1), min(k, pairs[0].numel()))  # (N, k)
+    num_classes = pairs.shape[2]
+    at = tuple(x.expand_as(row).gather(1, index // num_classes) for x in at)
+    row = row.gather(1, index // num_classes)
+    boxes = transform.apply_deltas(deltas[at].flatten(0, 1), anchors.tensor[row].flatten(0, 1))
+    return boxes.view(*row.shape, 4), scores, index % num_classes, best.isnan().any()
+
+
+def _scores(criterion: Callable, logits, centerness):
+    scores = criterion.scores(logits)
+    if centerness is None:
+        return scores
+    return (scores * centerness.float().sigmoid()).sqrt()
+
+
+def _finite_scores(scores):
+    """Say of each row of (R, K) whether all its scores are finite; extremes pass NaN on."""
+    if scores.numel() == 0:
+        return torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    lowest, highest = scores.aminmax(dim=1)
+    return lowest.isfinite() & highest.isfinite()
+
+
+def _finite_boxes(deltas, sources, transform):
+    """Say of each row whether the boxes of all its classes are finite, by two of them.
+
+    A corner is centre -+ size / 2; centre and size rise with their deltas. If the largest size
+    around the smallest and the largest centre is finite, all are.
+
+    Args:
+        deltas: (R, K or 1, 4).
+        sources: (R, 4).
+    """
+    if len(deltas) == 0:
+        return torch.ones(0, dtype=torch.bool, device=deltas.device)
+    lowest, highest = deltas.aminmax(dim=1)  # (R, 4)
+    largest = torch.cat([lowest[:, :2], highest[:, 2:]], dim=1)
+    boxes = (transform.apply_deltas(d, sources) for d in (highest, largest))
+    return torch.cat(list(boxes), dim=1).isfinite().all(dim=1)
+
+
+def _limits(image_sizes, like):
+    """Return (N, 1, 4): the largest coordinates in each image."""
+    return like.new_tensor([[[width, height, width, height]] for height, width in image_sizes])
+
+
+def _suppress(boxes, scores, classes, num_classes, nms_threshold, wanted):
+    """Return the best detections that NMS leaves of an image's candidates.
+
+    Args:
+        boxes, scores, classes: (N, C, 4), (N, C) and (N, C); a score of ``ABSENT`` for none.
+
+    Returns:
+        (scores, positions among the candidates), (N, D) each, by falling score and rising position;
+        ``ABSENT`` where there are fewer than D = min(wanted, C).
+    """
+    n, count = scores.shape
+    image = torch.arange(n, device=scores.device)[:, None]
+    kept = nms_mask(
+        boxes.flatten(0, 1),
+        scores.flatten(),
+        (image * num_classes + classes).flatten(),
+        nms_threshold,
+        valid=(scores >= 0).flatten(),
+        max_group_size=count if count <= _ONE_GROUP else None,
+    )
+    return stable_topk(scores.where(kept.view_as(scores), ABSENT), min(wanted, count))
+
+
+def _instances(image_sizes, found, boxes, scores, classes, position):
+    """Return the ``Instances`` of each image, of the first ``found`` detections in its line."""
+    boxes = boxes.gather(1, position[..., None].expand(-1, -1, 4))
+    fields = zip(
+        _cut(boxes, found),
+        _cut(scores, found),
+        _cut(classes.gather(1, position), found),
+        strict=True,
+    )
+    return [
+        Instances(size, pred_boxes=Boxes(box), scores=score, pred_classes=label)
+        for size, (box, score, label) in zip(image_sizes, fields, strict=True)
+    ]
+
+
+def _cut(lines, lengths):
+    return [line[:length] for line, length in zip(lines, lengths, strict=True)]

@@ -1,0 +1,159 @@
+"""IoU-balanced sampling of Libra R-CNN (arXiv 1904.02701, section 3.1).
+
+Background rows come in equal shares from ``num_bins`` ranges of IoU, of equal width, which reach
+from ``max(floor_threshold, 0)`` to the largest IoU of a background row of the image. The shares
+differ by one row at most, the ranges of higher IoU having the larger; what a range is short of is
+drawn at random from what the ranges have left.
+
+With a ``floor_threshold`` >= 0, the rows below it (at 0: those of IoU 0) are kept apart: of the N
+background rows to take, ``int(N (1 - floor_fraction))`` come from the ranges, the others at random
+from below; if one side is short, the other has the more to give.
+
+With ``instance_balanced`` the foreground rows come in turn from the objects that they belong to:
+each object gives one row at random, then each that has more another one, until there are enough.
+
+The official code differs in four points: its ranges reach to the largest IoU of any row, foreground
+too, so that the highest stay nearly empty; a share is rounded down and the remainder filled at
+random; the row of the largest IoU is in no range; and what objects are short of is filled at
+random.
+"""
+
+import torch
+
+from ..errors import InputError
+from ..selection import SAMPLERS, Sampler
+from .draw import take, uniform
+from .random import choice
+
+
+@SAMPLERS.register
+class IoUBalancedSampler(Sampler):
+    """Take background rows in equal shares from ranges of IoU; see the module's docstring.
+
+    Args:
+        num_bins: number of ranges.
+        floor_threshold: -1, or an IoU in [0, 1).
+        floor_fraction: the share of background rows from below the floor, 0 to 1.
+        instance_balanced: take foreground rows in turn from their objects, not at random.
+    """
+
+    needs_ious = True
+
+    def __init__(
+        self, num_bins=3, floor_threshold=-1.0, floor_fraction=0.0, instance_balanced=False
+    ):
+        if num_bins < 1:
+            raise InputError(f"IoUBalancedSampler: num_bins is {num_bins}; it must be at least 1.")
+        if floor_threshold != -1 and not 0 <= floor_threshold < 1:
+            raise InputError(
+                f"IoUBalancedSampler: floor_threshold is {floor_threshold}; it must be -1 or in "
+                "[0, 1)."
+            )
+        if not 0 <= floor_fraction <= 1:
+            raise InputError(
+                f"IoUBalancedSampler: floor_fraction is {floor_fraction}; it must be in [0, 1]."
+            )
+        self.num_bins = num_bins
+        self.floor_threshold = floor_threshold
+        self.floor_fraction = floor_fraction
+        self.instance_balanced = instance_balanced
+
+    def __call__(self, rows, quota, generator=None):
+        """Return the (N, R) mask of the rows taken; see :class:`Sampler`."""
+        num_foreground, num_background = quota.numbers(rows)  # (N,)
+        chance = uniform(rows.labels, generator)  # (N, R)
+        priority = self._turns(rows, chance, generator) if self.instance_balanced else chance
+        most = quota.rows_per_image
+        positive = take(rows.foreground, priority, num_foreground, most)
+        return positive | self._background(rows, num_background, most, chance, generator)
+
+    def _background(self, rows, number, most, chance, generator):
+        """Return the (N, R) mask of the ``number`` (N,) background rows to take."""
+        ranges, below = self._ranges(rows)  # (N, B, R), (N, R)
+        num_above, num_below = ranges.sum(dim=(1, 2)), below.sum(dim=1)  # (N,)
+        from_ranges = (number.double() * (1 - self.floor_fraction)).long()
+        from_ranges = from_ranges.maximum(number - num_below).minimum(num_above)
+        # floor((n + b) / B), b = 0 ... B-1, add up to n (Hermite's identity).
+        index = torch.arange(self.num_bins, device=number.device)
+        shares = (from_ranges.unsqueeze(1) + index) // self.num_bins  # (N, B)
+        taken = take(ranges, chance.unsqueeze(1), shares, most).any(dim=1)  # (N, R)
+        missing = from_ranges - taken.sum(dim=1)
+        # A chance of their own: those of the rows left over are the low ones of their range.
+        left_over = ranges.any(dim=1) & ~taken
+        taken |= take(left_over, uniform(chance, generator), missing, most)
+        if self.floor_threshold >= 0:
+            taken |= take(below, chance, number - from_ranges, most)
+        return taken
+
+    def _ranges(self, rows):
+        """Return the background rows of each range, (N, B, R) bool, and those below, (N, R)."""
+        ious = rows.ious.float()
+        background = rows.background
+        floor = max(self.floor_threshold, 0.0)
+        above = background & ((ious > 0) if self.floor_threshold == 0 else (ious >= floor))
+        largest = (ious * above).amax(dim=1, keepdim=True)  # (N, 1)
+        # Where all IoUs are equal, all are in the lowest range.
+        width = ((largest - floor) / self.num_bins).clamp(min=torch.finfo(ious.dtype).tiny)
+        place = ((ious - floor) / width).long().clamp(0, self.num_bins - 1)  # (N, R)
+        index = torch.arange(self.num_bins, device=ious.device).view(1, -1, 1)
+        return above.unsqueeze(1) & (place.unsqueeze(1) == index), background & ~above
+
+    def _turns(self, rows, chance, generator):
+        """Return the priority (N, R) by which foreground rows are taken in turn from objects."""
+        # Sorted by object, and at random within it; half the chance never reaches the next object.
+        keys = torch.where(rows.foreground, rows.matched + chance / 2, torch.inf)
+        keys, order = keys.sort(dim=1)
+        place = torch.arange(keys.shape[1], device=keys.device)
+        turn = place - torch.searchsorted(keys, keys.floor())  # the how-manieth of its object
+        # Which objects give the last rows is drawn anew.
+        priority = -(turn + uniform(chance, generator))
+        return torch.empty_like(priority).scatter_(1, order, priority)
+
+
+def iou_balanced_sample(foreground, background, ious, matched, quota, sampler, generator=None):
+    """Say what :class:`IoUBalancedSampler` draws of one image.
+
+    Args:
+        foreground, background: the image's rows of each kind, as lists of indices.
+        ious, matched: each row's largest IoU and object, lists.
+        quota: how many of them.
+        sampler: has the parameters.
+
+    Returns:
+        Two lists of indices, of the foreground and of the background.
+    """
+    num_foreground = min(len(foreground), int(quota.rows_per_image * quota.positive_fraction))
+    num_background = min(len(background), quota.rows_per_image - num_foreground)
+    floor, num_bins = max(sampler.floor_threshold, 0.0), sampler.num_bins
+    is_below = (lambda iou: iou == 0) if sampler.floor_threshold == 0 else (lambda iou: iou < floor)
+    below = [row for row in background if is_below(ious[row])]
+    above = [row for row in background if not is_below(ious[row])]
+
+    from_ranges = int(num_background * (1 - sampler.floor_fraction))
+    from_ranges = min(max(from_ranges, num_background - len(below)), len(above))
+    width = (max((ious[row] for row in above), default=0.0) - floor) / num_bins
+    chosen = []
+    for index in range(num_bins):
+        inside = [row for row in above if _range(ious[row] - floor, width, num_bins) == index]
+        chosen += choice(inside, (from_ranges + index) // num_bins, generator)
+    left_over = [row for row in above if row not in chosen]
+    chosen += choice(left_over, from_ranges - len(chosen), generator)
+    chosen += choice(below, num_background - from_ranges, generator)
+    if not sampler.instance_balanced:
+        return choice(foreground, num_foreground, generator), chosen
+    return _in_turn(foreground, matched, num_foreground, generator), chosen
+
+
+def _range(above_floor, width, num_bins):
+    return min(int(above_floor / width), num_bins - 1) if width > 0 else 0
+
+
+def _in_turn(rows, matched, number, generator):
+    """Return ``number`` of ``rows``, taken in turn from the objects that they are matched to."""
+    chosen = []
+    while len(chosen) < min(number, len(rows)):
+        left = choice([row for row in rows if row not in chosen], len(rows), generator)
+        one_each = {matched[row]: row for row in left}  # a random row of each object
+        turn = choice(list(one_each.values()), len(one_each), generator)
+        chosen += turn[: number - len(chosen)]
+    return chosen
