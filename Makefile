@@ -11,12 +11,16 @@ READY := $(VENV)/ready
 
 .PHONY: demo test lint bench clean
 
-$(READY): requirements.txt requirements-detectron2.txt setup.py
+# Where pip installs, and where Detectron2 lies in the wheel that carries it.
+SITE = $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+CARRIED := geowatch_tpl/submodules_static/detectron2
+
+$(READY): requirements.txt requirements-detectron2.txt setup.py tools/restore_detectron2.py
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-detectron2.txt
-	echo geowatch_tpl/submodules_static/detectron2 \
-		> $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/detectron2.pth
+	$(PY) tools/restore_detectron2.py "$(SITE)/$(CARRIED)/detectron2"
+	echo $(CARRIED) > "$(SITE)/detectron2.pth"
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
 
@@ -24,7 +28,7 @@ $(READY): requirements.txt requirements-detectron2.txt setup.py
 
 demo: $(READY)
 	$(PY) -m balanced_det.data.shapes --out datasets/shapes
-	$(PY) train_net.py --config-file configs/quickstart.yaml
+	$(PY) train_net.py --config-file configs/quickstart.yaml BALANCE.OVERWRITE True
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2

@@ -2,6 +2,7 @@
 """Train and evaluate a detector; the command line is Detectron2's own.
 
 python train_net.py --config-file configs/quickstart.yaml --num-gpus 1
+python train_net.py --config-file configs/lvis_v1/Base-Mask-RCNN-FPN.yaml --with eql rfs
 python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
 """
 
@@ -15,22 +16,30 @@ from balanced_det.errors import InputError
 try:
     # Detectron2 and fvcore still script functions, which torch deprecates at their import.
     warnings.filterwarnings("ignore", ".torch.jit.script", FutureWarning)
-    from detectron2.engine import default_argument_parser, default_setup, launch
+    from detectron2.engine import default_setup
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run 'make .venv' and use .venv/bin/python, or install Detectron2 yourself.")
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from balanced_det.engine import Trainer, check_run, load_config, print_results
+from balanced_det.config import load_config, parse_args
+from balanced_det.engine import (
+    Trainer,
+    check_run,
+    is_first_process,
+    load_trained,
+    locked,
+    num_processes,
+    print_results,
+    remove_checkpoints,
+    start,
+)
 
 
 def configure(args):
     """Return the frozen config of a command line, with its data sets registered."""
-    cfg = load_config(args.config_file, args.opts)
-    if args.eval_only:
-        cfg.BALANCE.COUNT = False  # what is counted comes with the checkpoint
+    cfg = load_config(args.config_file, args.opts, fragments=args.fragments)
     cfg.freeze()
     return cfg
 
@@ -42,9 +51,9 @@ def main(args):
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="balanced_det")
     logger.setLevel(logging.INFO)  # below that, the evaluation library talks about every class
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        # What is counted comes with the checkpoint.
+        model = Trainer.build_model(cfg, count=False)
+        load_trained(model, cfg, args.resume)
         results = Trainer.test(cfg, model)
     else:
         trainer = Trainer(cfg)
@@ -59,20 +68,22 @@ def run(args):
 
     What is wrong is an :class:`InputError` here, before anything is written.
     """
-    workers = max(args.num_gpus, 1) * args.num_machines
-    check_run(configure(args), args.eval_only, args.resume, workers)
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    if not is_first_process(args):
+        start(main, args)
+        return
+    cfg = configure(args)
+    check_run(cfg, args.eval_only, args.resume, num_processes(args))
+    with locked(cfg.OUTPUT_DIR):
+        if cfg.BALANCE.OVERWRITE and not (args.eval_only or args.resume):
+            remove_checkpoints(cfg.OUTPUT_DIR)
+        start(main, args)
 
 
 if __name__ == "__main__":
     try:
-        run(default_argument_parser().parse_args())
+        run(parse_args())
     except InputError as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted.", file=sys.stderr)
+        sys.exit(130)

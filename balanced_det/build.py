@@ -1,19 +1,76 @@
-"""Where a config file becomes objects: parts of ``BALANCE`` are read, what cannot work refused."""
+"""Where a config becomes objects: ``BALANCE`` is read here, and what has no effect is refused."""
 
+import contextlib
+import contextvars
 import functools
-import inspect
 import logging
-import operator
 
-from detectron2.config import CfgNode
+from detectron2 import modeling
 
+from .config.keys import SLOTS
+from .config.ranges import check_ranges
+from .config.reads import recorded
+from .config.unused import refuse_unused
 from .criterion import Criterion
 from .data.registration import training_statistics
 from .errors import InputError
-from .losses import BOX_LOSSES, CLASSIFICATION_LOSSES
-from .samplers import SAMPLERS
+from .losses import GradientDensity
+from .parts import PARTS, Part
 
 logger = logging.getLogger(__name__)
+
+# What a method may need of the training set, as the argument of its constructor is called.
+_STATISTICS = {
+    "class_frequency": lambda statistics: statistics.frequency,  # (K,) share of images
+    "class_counts": lambda statistics: statistics.image_count,  # (K,) images
+    "instance_count": lambda statistics: statistics.instance_count,  # (K,) boxes
+}
+_counts = contextvars.ContextVar("counts", default=True)
+
+
+def build_model(cfg, count: bool = True):
+    """Build the model of a config, as Detectron2 does, and refuse a config that it does not use up.
+
+    Args:
+        cfg: a config with this project's keys.
+        count: take what losses and thresholds need from ``DATASETS.TRAIN``. False leaves it to the
+            checkpoint that the model is going to load, and needs no training set.
+
+    Raises:
+        InputError: a value cannot be used, or a key that was set has no effect on this model.
+    """
+    from . import detectors  # noqa: F401  (registers them; they import this module)
+
+    check_ranges(cfg)
+    recording, reads = recorded(cfg)
+    with counting(count):
+        model = modeling.build_model(recording)
+    if any(isinstance(module, GradientDensity) for module in model.modules()):
+        reads.add("BALANCE.GRADIENT_FIGURE_PERIOD")  # there is something to draw
+    refuse_unused(cfg, reads)
+    return model
+
+
+@contextlib.contextmanager
+def counting(count: bool):
+    """Build models inside with (True) or without (False) what is counted in the training set."""
+    token = _counts.set(count)
+    try:
+        yield
+    finally:
+        _counts.reset(token)
+
+
+def counted_statistic(cfg, name: str):
+    """Return a statistic of the training set, (K,), or None for a checkpoint to bring it.
+
+    Args:
+        cfg: the whole config. Without ``DATASETS.TRAIN`` there is nothing to count in.
+        name: "class_frequency", "class_counts" or "instance_count".
+    """
+    if not _counts.get() or not cfg.DATASETS.TRAIN:
+        return None
+    return _STATISTICS[name](training_statistics(cfg))
 
 
 def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_weight=1.0):
@@ -21,35 +78,59 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
 
     Args:
         cfg: the whole config.
-        part: "DENSE", "RPN" or "ROI_HEADS": which slots of ``cfg.BALANCE`` to read.
+        part: a :class:`~balanced_det.parts.Part` or its name: which slots to read.
         num_classes: K; 1 for objectness.
         classification_weight, box_weight: weights of Detectron2's own keys, multiplied with ours.
     """
-    node = cfg.BALANCE[part]
-    classification_loss = _build_classification_loss(cfg, part, num_classes)
+    part = _part(part)
+    node = cfg.BALANCE[part.name]
+    loss = _build_classification_loss(cfg, part, num_classes)
     try:
-        classification_loss.initial_bias(initial_prior(cfg, part))
+        loss.initial_bias(initial_prior(cfg, part))
     except InputError as error:
-        raise InputError(f"BALANCE.{part}.PRIOR_PROB: {error}") from None
-    return Criterion(
-        classification_loss,
-        _configured(cfg, BOX_LOSSES, f"BALANCE.{part}.BOX_LOSS", node.BOX_LOSS),
-        classification_weight=node.CLASSIFICATION_WEIGHT * classification_weight,
-        box_weight=node.BOX_WEIGHT * box_weight,
-        guided=node.GUIDED_LOSS,
-        guided_factor=node.GUIDED_FACTOR,
-    )
+        raise InputError(f"BALANCE.{part.name}.PRIOR_PROB: {error}") from None
+    options = {"box_weight": node.BOX_WEIGHT * box_weight}
+    if node.GUIDED_LOSS:
+        # The scaled loss has the size of the box loss, whatever its weight was.
+        options.update(guided=True, guided_factor=node.GUIDED_FACTOR)
+    else:
+        options["classification_weight"] = node.CLASSIFICATION_WEIGHT * classification_weight
+    return Criterion(loss, _build_method(cfg, part, "BOX_LOSS"), **options)
 
 
-def initial_prior(cfg, part):
-    """Return the prior probability of one part of a detector; None leaves its bias at zero."""
-    prior = cfg.BALANCE[part].PRIOR_PROB
-    return None if part == "ROI_HEADS" and prior == 0 else prior
+def initial_prior(cfg, part) -> float | None:
+    """Return the probability that a part's classes start with; None leaves its bias at zero.
+
+    Where the prior is counted, it is only what serves until then.
+    """
+    part = _part(part)
+    node = cfg.BALANCE[part.name]
+    if part.counts_rows and node.OPTIMAL_PRIOR:
+        _ = cfg.BALANCE.COUNT_IMAGES  # for balanced_det.detectors.counting
+        return part.prior_prob
+    return node.PRIOR_PROB
 
 
 def build_sampler(cfg, part):
     """Build the sampler of one part of a detector, see :mod:`balanced_det.samplers`."""
-    return _configured(cfg, SAMPLERS, f"BALANCE.{part}.SAMPLER", cfg.BALANCE[part].SAMPLER)
+    return _build_method(cfg, _part(part), "SAMPLER")
+
+
+def quota_arguments(cfg, part, sampler) -> dict:
+    """Return how many rows a sampler takes, as arguments; none for one that takes all rows."""
+    if sampler.takes_all:
+        return {}
+    node = cfg.BALANCE[_part(part).name]
+    return {"rows_per_image": node.ROWS_PER_IMAGE, "positive_fraction": node.POSITIVE_FRACTION}
+
+
+def build_score_threshold(cfg, part, num_classes, fixed):
+    """Build the threshold that a part's slot asks for; ``fixed`` is Detectron2's own."""
+    part = _part(part)
+    threshold = _build_method(cfg, part, "SCORE_THRESHOLD", fixed=fixed, num_classes=num_classes)
+    if threshold.counts and part.counts_rows:
+        _ = cfg.BALANCE.COUNT_IMAGES  # for balanced_det.detectors.counting
+    return threshold
 
 
 def refuse_overridden_keys(cfg, part, keys):
@@ -62,45 +143,64 @@ def refuse_overridden_keys(cfg, part, keys):
         value = _value(cfg, key)
         if value not in (default, _value(cfg, instead)):
             raise InputError(
-                f"{key} is {value!r}, but BALANCE.{part} decides the losses here: set {instead}."
+                f"{key} is {value!r}, but BALANCE.{_part(part).name} decides the losses here: set "
+                f"{instead}."
             )
 
 
+def _part(part) -> Part:
+    return part if isinstance(part, Part) else PARTS[part]
+
+
 def _value(cfg, key):
-    return functools.reduce(operator.getitem, key.split("."), cfg)
+    # dict's own look-up: comparing is no read of the key.
+    return functools.reduce(dict.__getitem__, key.split("."), cfg)
 
 
 def _build_classification_loss(cfg, part, num_classes):
-    key, name = f"BALANCE.{part}.CLASSIFICATION_LOSS", cfg.BALANCE[part].CLASSIFICATION_LOSS
-    extra = {"num_classes": num_classes}
-    method = CLASSIFICATION_LOSSES.get(name, key)
-    if "class_frequency" in inspect.signature(method).parameters:
-        if part == "RPN":
-            raise InputError(f"{key}: '{name}' weighs classes by frequency; objectness has none.")
-        # None: the frequencies come with the checkpoint.
-        extra["class_frequency"] = training_statistics(cfg).frequency if cfg.BALANCE.COUNT else None
-    loss = _configured(cfg, CLASSIFICATION_LOSSES, key, name, **extra)
-    if part == "RPN" and loss.num_logits != 1:
+    key = f"BALANCE.{part.name}.CLASSIFICATION_LOSS"
+    name = cfg.BALANCE[part.name].CLASSIFICATION_LOSS
+    method = SLOTS["CLASSIFICATION_LOSS"].get(name, key)
+    if part.name in method.refused_on:
+        raise InputError(f"{key}: '{name}': {method.refused_on[part.name]}.")
+    if method.needs and not part.has_classes:
+        raise InputError(f"{key}: '{name}' weighs classes by frequency; objectness has none.")
+    loss = _build_method(cfg, part, "CLASSIFICATION_LOSS", num_classes=num_classes)
+    if not part.has_classes and loss.num_logits != 1:
         raise InputError(f"{key}: '{name}' is a softmax loss; RPN predicts one logit an anchor.")
-    sampler = cfg.BALANCE[part].SAMPLER
-    if part == "ROI_HEADS" and hasattr(loss, "gradient_density") and sampler != "AllSampler":
-        # https://github.com/libuyu/GHM_Detection/issues/15
-        logger.warning(
-            "%s: '%s' is known not to work on the sampled rows of a region head, say its authors: "
-            "%s has already removed the imbalance that it harmonizes. Use it in BALANCE.RPN or "
-            "BALANCE.DENSE, or set BALANCE.ROI_HEADS.SAMPLER to 'AllSampler'.",
-            key,
-            name,
-            sampler,
-        )
+    sampler = SLOTS["SAMPLER"].get(cfg.BALANCE[part.name].SAMPLER, f"BALANCE.{part.name}.SAMPLER")
+    if part.name == "ROI_HEADS" and loss.sampled_rows_warning and not sampler.takes_all:
+        logger.warning("%s: '%s': %s.", key, name, loss.sampled_rows_warning)
     return loss
 
 
-def _configured(cfg, registry, key, name, **extra):
-    """Construct the method called ``name`` with its node of ``cfg.BALANCE``."""
+def _build_method(cfg, part, slot, **given):
+    """Construct the method that a part's slot names, with its parameters and statistics."""
+    registry, key = SLOTS[slot], f"BALANCE.{part.name}.{slot}"
+    name = cfg.BALANCE[part.name][slot]
     method = registry.get(name, key)
-    parameters = cfg.BALANCE.get(name, CfgNode())
+    given.update({need: counted_statistic(cfg, need) for need in getattr(method, "needs", ())})
+    parameters = {
+        parameter: _parameter(cfg, part, name, parameter.upper(), default)
+        for parameter, default in registry.parameters(name).items()
+    }
     try:
-        return method(**extra, **{k.lower(): v for k, v in parameters.items()})
-    except InputError as error:
+        return method(**given, **parameters)
+    except (InputError, TypeError, ValueError) as error:
+        # A text where a number is wanted is no InputError of the method's own.
         raise InputError(f"BALANCE.{name}: {error}") from None
+
+
+def _parameter(cfg, part, method, key, default):
+    """Return a method's parameter: the part's own value, or else the one that all parts share."""
+    node = cfg.BALANCE[part.name]
+    value = node[method][key] if method in node else None
+    if value is None:
+        return cfg.BALANCE[method][key]
+    fitting = (int, float) if isinstance(default, float) else type(default)
+    if default is not None and not isinstance(value, fitting):
+        raise InputError(
+            f"BALANCE.{part.name}.{method}.{key} is {value!r}; it must be a "
+            f"{type(default).__name__}, as {default!r} is."
+        )
+    return value

@@ -37,11 +37,11 @@ class PlotGradients(HookBase):
 
     def __init__(self, period, output_dir):
         if period < 1:
-            raise InputError(f"BALANCE.GRADIENT_FIGURE_PERIOD must not be negative, not {period}.")
+            raise InputError(f"BALANCE.GRADIENT_FIGURE_PERIOD must be at least 1, not {period}.")
         if importlib.util.find_spec("matplotlib") is None:
             raise InputError(
                 "BALANCE.GRADIENT_FIGURE_PERIOD needs matplotlib, which is not installed: "
-                "pip install matplotlib, or set it to 0."
+                "pip install matplotlib, or set it to None."
             )
         self.period = period
         self.folder = os.path.join(output_dir, "gradients")

@@ -1,6 +1,11 @@
-"""Named methods that a config file can choose from."""
+"""Named methods that a config file can choose from, and the parameters that they take from it."""
+
+import inspect
 
 from .errors import InputError
+
+# What a config key can hold.
+_PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 
 class Registry:
@@ -14,23 +19,40 @@ class Registry:
         class FocalLoss: ...
 
         CLASSIFICATION_LOSSES.get("FocalLoss")
+        CLASSIFICATION_LOSSES.parameters("FocalLoss")  # {"alpha": 0.25, "gamma": 2.0}
 
-    Detectron2's registry does the same but does not say which names it knows.
+    The parameters of a method are those of its constructor, with their defaults: each becomes the
+    key ``BALANCE.<name>.<PARAMETER>`` of the config. Detectron2's registry knows neither these nor
+    which names it has.
+
+    Args:
+        kind: what the methods are, for messages.
+        given: arguments that a detector gives to every method of this kind, no config keys.
+
+    A class may declare ``needs``, names of arguments that are counted in the training set
+    (``class_frequency``, ``class_counts``, ``instance_count``); they are no config keys either.
     """
 
-    def __init__(self, kind):
+    def __init__(self, kind: str, given: tuple[str, ...] = ("num_classes",)):
         self.kind = kind
+        self.given = given
         self._methods = {}
 
     def register(self, method):
-        """Register ``method`` under its ``__name__``; usable as a decorator."""
+        """Register ``method`` under its ``__name__``; usable as a decorator.
+
+        Raises:
+            InputError: the name is taken, or the constructor has an argument that no detector gives
+                and no config can hold.
+        """
         name = method.__name__
         if name in self._methods:
             raise InputError(f"A {self.kind} named '{name}' is registered already.")
+        self._parameters_of(method)
         self._methods[name] = method
         return method
 
-    def get(self, name, key=None):
+    def get(self, name: str, key: str | None = None):
         """Return the method called ``name``.
 
         An unknown name is an :class:`InputError` that lists the known ones, and names the config
@@ -43,7 +65,11 @@ class Registry:
             )
         return self._methods[name]
 
-    def names(self):
+    def parameters(self, name: str) -> dict:
+        """Return {parameter: default} of the method called ``name``: its constructor's."""
+        return self._parameters_of(self.get(name))
+
+    def names(self) -> list[str]:
         """Return the registered names, sorted."""
         return sorted(self._methods)
 
@@ -52,3 +78,19 @@ class Registry:
 
     def __contains__(self, name):
         return name in self._methods
+
+    def _parameters_of(self, method) -> dict:
+        passed = {*self.given, *getattr(method, "needs", ())}
+        parameters = {
+            p.name: p.default
+            for p in inspect.signature(method).parameters.values()
+            if p.name not in passed and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
+        for parameter, default in parameters.items():
+            if not isinstance(default, _PLAIN):
+                raise InputError(
+                    f"The {self.kind} '{method.__name__}' has the argument '{parameter}', which is "
+                    f"neither given by a detector ({', '.join(sorted(passed)) or 'nothing is'}) "
+                    "nor has a number, text, list or None as its default."
+                )
+        return parameters

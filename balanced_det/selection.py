@@ -174,6 +174,8 @@ class PerForegroundOnAverage(nn.Module):
             to know it.
     """
 
+    statistics = ("average",)  # see balanced_det.engine.checkpoint
+
     def __init__(self, initial: float, momentum: float = 0.9):
         super().__init__()
         self.momentum = momentum

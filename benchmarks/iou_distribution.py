@@ -27,12 +27,12 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
+from balanced_det.build import build_model
+from balanced_det.config import load_config
 from balanced_det.detectors import BalancedROIHeads
-from balanced_det.engine import load_config
 from balanced_det.errors import InputError
 from balanced_det.samplers import AllSampler, IoUBalancedSampler, OHEMSampler, RandomSampler
 
@@ -104,8 +104,8 @@ def measure(config, weights, opts, num_samples, draws):
         num_samples: rows to take of an image; 0 is the config's.
         draws: how often the samplers that draw do so on each image.
     """
-    cfg = load_config(config, ["BALANCE.COUNT", "False", *opts])
-    model = build_model(cfg).eval()
+    cfg = load_config(config, opts)
+    model = build_model(cfg, count=False).eval()
     DetectionCheckpointer(model).load(checkpoint(weights))
     heads = getattr(model, "roi_heads", None)
     if not isinstance(heads, BalancedROIHeads):

@@ -12,24 +12,28 @@ the video and science libraries that converters of many formats bring.
 
 import argparse
 import json
+import math
 import os
+import stat
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import yaml
-from PIL import Image
 
 # The script runs in a bare clone, too, where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from balanced_det.data.images import is_turned, upright_size
 from balanced_det.data.shapes import polygon_area
 from balanced_det.data.statistics import add_counts
-from balanced_det.errors import InputError
+from balanced_det.errors import InputError, printable
 
 VOC_SPLITS = ("train", "val", "trainval", "test")  # other files there list images of one class
 YOLO_SPLITS = ("train", "val", "test")
+# More than any list, label or annotation of one image has.
+MAX_TEXT_BYTES = 64 * 2**20
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -84,10 +88,10 @@ def read_voc(root, splits=None):
 def _read_voc_file(path, image_root, file_names):
     if path.stem not in file_names:
         raise InputError(f"The image of '{path}' is missing in '{image_root}'.")
+    text = _text(path)
     try:
-        root = ElementTree.parse(path).getroot()
-        width = int(float(root.findtext("size/width") or 0))
-        height = int(float(root.findtext("size/height") or 0))
+        root = ElementTree.fromstring(text)
+        size = [float(root.findtext(f"size/{key}") or 0) for key in ("width", "height")]
         objects = []
         for element in root.iter("object"):
             x1, y1, x2, y2 = (
@@ -95,12 +99,26 @@ def _read_voc_file(path, image_root, file_names):
                 for key in ("xmin", "ymin", "xmax", "ymax")
             )
             objects.append((element.find("name").text.strip(), (x1 - 1, y1 - 1, x2, y2), None))
-    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+    except (ElementTree.ParseError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is no sound Pascal VOC annotation: {error}.") from None
+    if not all(map(math.isfinite, (*size, *(x for o in objects for x in o[1])))):
+        raise InputError(f"'{path}' holds a number that is not finite.")
+    for name, *_ in objects:
+        _check_name(name, path)
     file_name = file_names[path.stem]
-    if not (width and height):
-        width, height = _image_size(image_root / file_name)
+    image_file = image_root / file_name
+    width, height = upright_size(image_file)
+    if all(size) and (width, height) != tuple(size):
+        raise InputError(_wrong_size(path, image_file, size, (width, height)))
     return {"file_name": file_name, "width": width, "height": height, "objects": objects}
+
+
+def _wrong_size(path, image_file, told, size):
+    turned = " as its EXIF data turn it" if is_turned(image_file) else ""
+    return (
+        f"'{path}' tells of an image of {told[0]:g} x {told[1]:g} pixels, but '{image_file}' has "
+        f"{size[0]} x {size[1]}{turned}: were its boxes drawn on another picture?"
+    )
 
 
 def read_yolo(root, splits=None):
@@ -118,43 +136,132 @@ def read_yolo(root, splits=None):
     """
     path = Path(root)
     path = path / "data.yaml" if path.is_dir() else path
-    try:
-        settings = yaml.safe_load(path.read_text())
-        names = settings["names"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        raise InputError(f"'{path}' is no readable YOLO data file with 'names'.") from None
-    if isinstance(names, dict):
-        names = [names[index] for index in sorted(names)]
-    folder = path.parent / (settings.get("path") or "")
+    settings = _yolo_settings(path)
+    names = _yolo_names(settings["names"], path)
+    folder = path.parent / _yolo_text(settings.get("path") or "", "path", path)
     if not folder.is_dir():
         folder = path.parent
 
-    images = {}
+    files = {}
     for split in splits or [s for s in YOLO_SPLITS if settings.get(s)]:
-        if not settings.get(split):
+        sources = settings.get(split)
+        if not sources:
             raise InputError(f"'{path}' has no split '{split}'.")
-        sources = settings[split] if isinstance(settings[split], list) else [settings[split]]
-        files = [image for source in sources for image in _yolo_images(folder, source, path)]
-        images[split] = [_read_yolo_image(image, folder, names) for image in files]
-    if not images:
+        sources = sources if isinstance(sources, list) else [sources]
+        files[split] = [
+            image
+            for source in sources
+            for image in _yolo_images(folder, _yolo_text(source, split, path), path)
+        ]
+    if not files:
         raise InputError(f"'{path}' has none of {', '.join(YOLO_SPLITS)}.")
-    return list(map(str, names)), images, folder
+    # A list of images may name some outside the folder; file names never leave the image root.
+    image_root = _common_folder(folder, [image for images in files.values() for image in images])
+    images = {
+        split: [_read_yolo_image(image, image_root, names) for image in files_of_split]
+        for split, files_of_split in files.items()
+    }
+    return names, images, image_root
+
+
+def _common_folder(folder, files):
+    folder = Path(os.path.abspath(folder))
+    return Path(os.path.commonpath([folder, *(os.path.abspath(file.parent) for file in files)]))
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML whose size is what it looks like: without aliases, and without keys twice."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases ('*name') are not read")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1 or not isinstance(key, str | int | float | bool | None):
+                raise yaml.YAMLError(f"the key {key!r} stands twice or is no text or number")
+        return super().construct_mapping(node, deep)
+
+
+def _yolo_settings(path):
+    text = _text(path)
+    try:
+        settings = yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        raise InputError(f"'{path}' is no readable YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(settings, dict) or settings.get("names") is None:
+        raise InputError(f"'{path}' is no readable YOLO data file with 'names'.")
+    return settings
+
+
+def _yolo_names(names, path):
+    """Return the class names in the order of their indices, 0 ... K-1.
+
+    A list is taken in its order. Keys of a mapping may be numbers or quoted numbers, but must be
+    all of 0 ... K-1: with a gap, labels would mean other classes than they say.
+    """
+    if isinstance(names, dict):
+        by_index = {}
+        for key, name in names.items():
+            index = key
+            if isinstance(key, str) and key.strip().isascii() and key.strip().isdigit():
+                index = int(key)
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise InputError(f"'{path}': the key {key!r} of 'names' is no class number.")
+            if index in by_index:
+                raise InputError(f"'{path}': 'names' has class number {index} twice.")
+            by_index[index] = name
+        missing = sorted(set(range(len(by_index))) - by_index.keys())
+        if missing:
+            raise InputError(
+                f"'{path}': 'names' has {len(by_index)} classes, but not number {missing[0]}: "
+                "their numbers must be 0, 1, 2 and so on, without a gap."
+            )
+        names = [by_index[index] for index in range(len(by_index))]
+    if not isinstance(names, list) or not names:
+        raise InputError(f"'{path}': 'names' must be a list or a mapping, not {_short(names)}.")
+    for index, name in enumerate(names):
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise InputError(
+                f"'{path}': YAML reads the name of class {index} as {_short(name)}, not as a text: "
+                "quote it."
+            )
+    names = [str(name).strip() for name in names]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"'{path}': 'names' has '{twice[0]}' twice.")
+    for name in names:
+        _check_name(name, path)
+    return names
+
+
+def _yolo_text(value, key, path):
+    if not isinstance(value, str) or "\0" in value:
+        raise InputError(f"'{path}': '{key}' must be a path, not {_short(value)}.")
+    return value
 
 
 def _yolo_images(folder, source, yaml_file):
     place = folder / source
-    if not place.exists():
+    if not os.path.exists(place):
         # Some exports write '../train/images' for a folder beside the yaml file.
         place = folder / source.removeprefix("../")
     if place.is_dir():
         return sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if place.suffix == ".txt" and place.exists():
-        return [folder / line for line in _lines(place)]
+        # Lines begin at the folder of the list or of the data set, whichever has the image.
+        starts = (folder, place.parent)
+        return [
+            next((start / line for start in starts if os.path.exists(start / line)), folder / line)
+            for line in _lines(place)
+        ]
     raise InputError(f"'{yaml_file}' names '{source}', which does not exist.")
 
 
 def _read_yolo_image(image_file, folder, names):
-    size = width, height = _image_size(image_file)
+    size = width, height = upright_size(image_file)
     parts = list(image_file.parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
@@ -166,6 +273,8 @@ def _read_yolo_image(image_file, folder, names):
             index, *numbers = map(float, line.split())
         except ValueError:
             raise InputError(f"{where}: '{line}' is not a row of numbers.") from None
+        if not all(map(math.isfinite, numbers)):
+            raise InputError(f"{where}: '{line}' holds a number that is not finite.")
         if not (index.is_integer() and 0 <= index < len(names)):
             raise InputError(f"{where}: class {index:g} is not one of the {len(names)} names.")
         if len(numbers) == 4:
@@ -177,7 +286,7 @@ def _read_yolo_image(image_file, folder, names):
         else:
             raise InputError(f"{where}: {len(numbers) + 1} numbers are neither box nor polygon.")
         box = (*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist())
-        objects.append((str(names[int(index)]), box, polygon))
+        objects.append((names[int(index)], box, polygon))
     return {
         "file_name": Path(os.path.relpath(image_file, folder)).as_posix(),
         "width": width,
@@ -289,19 +398,41 @@ def convert(reader, root, out, splits=None, overwrite=False):
     return files, content, skipped, image_root
 
 
-def _image_size(path):
+def _check_name(name, path):
+    if not name or printable(name) != name:
+        raise InputError(
+            f"'{path}': the class name {name!r} is empty or holds a control character."
+        )
+
+
+def _short(value, length=60):
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]} ..."
+
+
+def _text(path):
+    """Return the text of a regular file of at most ``MAX_TEXT_BYTES`` in UTF-8."""
     try:
-        with Image.open(path) as image:
-            return image.size
+        status = os.stat(path)
+        text = _content(path) if stat.S_ISREG(status.st_mode) else None
     except OSError:
-        raise InputError(f"The image '{path}' is missing or unreadable.") from None
+        raise InputError(f"'{path}' does not exist or cannot be read.") from None
+    except ValueError:  # broken UTF-8, or a path that cannot be
+        raise InputError(f"'{path}' is no text in UTF-8.") from None
+    if text is None:
+        raise InputError(f"'{path}' is no file, or has more than {MAX_TEXT_BYTES} bytes.")
+    return text
+
+
+def _content(path):
+    """Return the text of a file, None where it is too long."""
+    with open(path, "rb") as file:
+        content = file.read(MAX_TEXT_BYTES + 1)
+    return content.decode("utf-8-sig") if len(content) <= MAX_TEXT_BYTES else None
 
 
 def _lines(path):
-    try:
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except OSError:
-        raise InputError(f"'{path}' does not exist or cannot be read.") from None
+    return [line.strip() for line in _text(path).splitlines() if line.strip()]
 
 
 def main(arguments=None):
@@ -328,7 +459,7 @@ def main(arguments=None):
         objects = np.bincount(
             [a["category_id"] for a in content[split]["annotations"]], minlength=len(names) + 1
         )
-        counts = ", ".join(f"{name} {objects[i]}" for i, name in names.items())
+        counts = ", ".join(f"{printable(name)} {objects[i]}" for i, name in names.items())
         print(
             f"{path}: {len(content[split]['images'])} images, {objects.sum()} objects ({counts}); "
             f"{skipped[split]} boxes without area or outside their image left out"
@@ -337,7 +468,7 @@ def main(arguments=None):
     name = options.name or options.out.resolve().name
     for split, path in files.items():
         entry = [f"{name}_{split}", str(path.resolve()), str(image_root.resolve())]
-        print(f"    - {json.dumps(entry)}")
+        print(f"    - {json.dumps(entry, ensure_ascii=False)}")
     return 0
 
 

@@ -79,7 +79,6 @@ def config(*choices):
     cfg.MODEL.RESNETS.DEPTH = 18
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
     cfg.MODEL.FPN.OUT_CHANNELS = 32
-    cfg.BALANCE.COUNT = False
     for keys in choices:
         cfg.merge_from_list([item for pair in keys.items() for item in pair])
     return cfg

@@ -1,24 +1,36 @@
-"""The keys of ``BALANCE`` are the methods' own parameters, with the methods' own defaults."""
+"""The keys of ``BALANCE`` come from constructors; what is configured is read, or refused."""
 
 import inspect
 
+import models
 import pytest
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model as detectron2_build
+from models import CASCADE, FASTER, FCOS, MASK, RETINANET
 
+from balanced_det.build import build_model
 from balanced_det.config import add_balanced_det_config
-from balanced_det.losses import BOX_LOSSES, CLASSIFICATION_LOSSES
+from balanced_det.config.keys import SLOTS, add_own_node, default_values, slot_keys
+from balanced_det.config.ranges import RANGES, check_ranges, inside
+from balanced_det.config.reads import recorded
+from balanced_det.errors import InputError
+from balanced_det.parts import PARTS
 from balanced_det.pyramid import BalancedFeaturePyramid
-from balanced_det.samplers import SAMPLERS
+from balanced_det.registry import Registry
 
 # What a detector passes itself: it is no choice of the config.
-PASSED_BY_DETECTORS = {"num_classes", "class_frequency", "backbone"}
-SLOTS = {
-    "CLASSIFICATION_LOSS": CLASSIFICATION_LOSSES,
-    "BOX_LOSS": BOX_LOSSES,
-    "SAMPLER": SAMPLERS,
-}
-PARTS = ("DENSE", "RPN", "ROI_HEADS")
+PASSED_BY_DETECTORS = {"num_classes", "backbone", "fixed"}
 METHODS = [method for registry in SLOTS.values() for _, method in registry]
+
+
+def config(*choices):
+    """Return the config of a small detector, in which a part may have its own parameters."""
+    cfg = models.config()
+    for choice in choices:
+        for key, value in choice.items():
+            add_own_node(cfg, key)
+            cfg.merge_from_list([key, value])
+    return cfg
 
 
 def balance():
@@ -29,12 +41,15 @@ def balance():
 
 def constructor_defaults(method):
     """Return {KEY: default} of the parameters that a method's constructor names."""
-    parameters = inspect.signature(method).parameters.values()
+    passed = {*PASSED_BY_DETECTORS, *getattr(method, "needs", ())}
     return {
         p.name.upper(): p.default
-        for p in parameters
-        if p.name not in PASSED_BY_DETECTORS and p.kind is p.POSITIONAL_OR_KEYWORD
+        for p in inspect.signature(method).parameters.values()
+        if p.name not in passed and p.kind is p.POSITIONAL_OR_KEYWORD
     }
+
+
+# --- Where keys come from -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
@@ -55,7 +70,234 @@ def test_every_node_is_a_part_or_a_method():
     assert nodes <= {*PARTS, "PYRAMID", *(method.__name__ for method in METHODS)}
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("slot", SLOTS)
-def test_every_slot_defaults_to_a_registered_method(part, slot):
-    assert balance()[part][slot] in SLOTS[slot]
+@pytest.mark.parametrize("slot", slot_keys())
+def test_every_slot_defaults_to_a_registered_method(slot):
+    assert default_values()[slot] in slot_keys()[slot]
+
+
+def test_a_method_whose_argument_no_config_can_hold_is_not_registered():
+    registry = Registry("loss")
+    with pytest.raises(InputError, match="'Bad' has the argument 'weights'"):
+
+        @registry.register
+        class Bad:
+            def __init__(self, num_classes, weights):
+                pass
+
+    assert "Bad" not in registry
+
+
+def test_counted_statistics_are_no_keys():
+    registry = Registry("loss")
+
+    @registry.register
+    class Good:
+        needs = ("class_counts",)
+
+        def __init__(self, num_classes, class_counts, power=0.5):
+            pass
+
+    assert registry.parameters("Good") == {"power": 0.5}
+
+
+# --- A part's own parameters ----------------------------------------------------------------------
+
+
+def test_a_part_has_its_own_value_beside_that_of_all():
+    keys = {"BALANCE.SmoothL1Loss.BETA": 0.5, "BALANCE.RPN.SmoothL1Loss.BETA": 0.11}
+    cfg = config(FASTER, keys)
+    model = build_model(cfg)
+    assert model.proposal_generator.criterion.box_loss.beta == 0.11
+    assert model.roi_heads.box_predictor.criterion.box_loss.beta == 0.5
+    # And through what a checkpoint's folder keeps of the config.
+    loaded = config()
+    loaded.merge_from_other_cfg(CfgNode.load_cfg(cfg.dump()))
+    assert loaded.BALANCE.RPN.SmoothL1Loss.BETA == 0.11
+
+
+def test_a_part_without_its_own_value_shows_none():
+    assert set(config().BALANCE.RPN) & {method.__name__ for method in METHODS} == set()
+
+
+def test_a_parameter_that_no_method_has_is_no_key_of_a_part():
+    with pytest.raises(AssertionError, match="Non-existent key"):
+        config({"BALANCE.RPN.SmoothL1Loss.ALPHA": 0.1})
+    with pytest.raises(AssertionError, match="Non-existent key"):
+        config({"BALANCE.RPN.NoLoss.ALPHA": 0.1})
+
+
+def test_a_parts_own_value_of_another_type_is_refused():
+    cfg = config(FASTER, {"BALANCE.RPN.SmoothL1Loss.BETA": "small"})
+    with pytest.raises(InputError, match="BALANCE.RPN.SmoothL1Loss.BETA is 'small'.*float"):
+        build_model(cfg)
+
+
+def test_a_shared_value_that_every_part_overrides_is_refused():
+    keys = {f"BALANCE.{part}.SmoothL1Loss.BETA": 0.1 for part in ("RPN", "ROI_HEADS")}
+    with pytest.raises(InputError, match="^BALANCE.SmoothL1Loss.BETA is 0.7"):
+        build_model(config(FASTER, keys, {"BALANCE.SmoothL1Loss.BETA": 0.7}))
+
+
+# --- What has no effect ---------------------------------------------------------------------------
+
+STANDARD_HEADS = {**FASTER, "MODEL.ROI_HEADS.NAME": "StandardROIHeads"}
+CASCADE_HEADS = {**CASCADE, "MODEL.ROI_HEADS.NAME": "CascadeROIHeads"}
+STANDARD_RPN = {**FASTER, "MODEL.PROPOSAL_GENERATOR.NAME": "RPN"}
+PYRAMID = {**FASTER, "MODEL.BACKBONE.NAME": "build_balanced_pyramid_backbone"}
+EQL = {"BALANCE.ROI_HEADS.CLASSIFICATION_LOSS": "EqualizationLoss"}
+UNUSED = {
+    "loss of Detectron2's heads": (STANDARD_HEADS, EQL, "BalancedROIHeads"),
+    "loss of Detectron2's cascade": (CASCADE_HEADS, EQL, "BalancedCascadeROIHeads"),
+    "dense keys of an R-CNN": (FASTER, {"BALANCE.DENSE.PRIOR_PROB": 0.1}, "one-stage"),
+    "region keys of a RetinaNet": (RETINANET, EQL, "BALANCE.ROI_HEADS is for region heads"),
+    "Detectron2's RPN": (STANDARD_RPN, {"BALANCE.RPN.BOX_WEIGHT": 2.0}, "BalancedRPN"),
+    "its prior": (STANDARD_RPN, {"BALANCE.RPN.OPTIMAL_PRIOR": True}, "BalancedRPN"),
+    "pyramid without its backbone": (FASTER, {"BALANCE.PYRAMID.REFINE_LEVEL": 1}, "build_balanced"),
+    "nonsense there": (MASK, {"BALANCE.PYRAMID.BACKBONE": "nonsense"}, "build_balanced_pyramid"),
+    "parameters of no slot": (FASTER, {"BALANCE.FocalLoss.GAMMA": 1.0}, "names 'FocalLoss'"),
+    "parameters of a part's no slot": (
+        FASTER,
+        {"BALANCE.RPN.BalancedL1Loss.BETA": 0.5},
+        "no slot of BALANCE.RPN names 'BalancedL1Loss'",
+    ),
+    "parameters of a part that is not built": (
+        RETINANET,
+        {"BALANCE.RPN.SmoothL1Loss.BETA": 0.5},
+        "BALANCE.RPN is for the region proposal network",
+    ),
+    "weight of a guided loss": (
+        FASTER,
+        {"BALANCE.ROI_HEADS.GUIDED_LOSS": True, "BALANCE.ROI_HEADS.CLASSIFICATION_WEIGHT": 2.0},
+        "without GUIDED_LOSS only",
+    ),
+    "factor of an unguided loss": (FASTER, {"BALANCE.RPN.GUIDED_FACTOR": 2.0}, "with GUIDED_LOSS"),
+    "prior that is counted": (
+        RETINANET,
+        {"BALANCE.DENSE.OPTIMAL_PRIOR": True, "BALANCE.DENSE.PRIOR_PROB": 0.1},
+        "without OPTIMAL_PRIOR",
+    ),
+    "floor of a fixed threshold": (
+        RETINANET,
+        {"BALANCE.ClassAdaptiveThreshold.FLOOR": 0.1},
+        "names 'ClassAdaptiveThreshold'",
+    ),
+    "quota of all rows": (FCOS, {"BALANCE.DENSE.ROWS_PER_IMAGE": 100}, "not take all rows"),
+    "images to count nothing on": (RETINANET, {"BALANCE.COUNT_IMAGES": 5}, "nothing is counted"),
+    "counted while training": (
+        FASTER,
+        {"BALANCE.ROI_HEADS.SCORE_THRESHOLD": "ForegroundThreshold", "BALANCE.COUNT_IMAGES": 5},
+        "nothing is counted",
+    ),
+    "figure without GHM": (FASTER, {"BALANCE.GRADIENT_FIGURE_PERIOD": 5}, "no loss of the model"),
+    "FCOS's keys": (RETINANET, {"MODEL.FCOS.NUM_CONVS": 2}, "BalancedFCOS"),
+}
+
+
+@pytest.mark.parametrize("keys, choice, why", UNUSED.values(), ids=UNUSED)
+def test_a_key_without_effect_is_refused_by_name(keys, choice, why):
+    build_model(config(keys))
+    with pytest.raises(InputError, match="nothing in this model reads it") as caught:
+        build_model(config(keys, choice))
+    message = str(caught.value)
+    assert any(message.startswith(f"{key} is {value!r}") for key, value in choice.items())
+    assert why in message
+    assert "\n" not in message
+
+
+USED = {
+    "prior": (RETINANET, {"BALANCE.DENSE.OPTIMAL_PRIOR": True, "BALANCE.COUNT_IMAGES": 5}),
+    "quota": (
+        RETINANET,
+        {"BALANCE.DENSE.SAMPLER": "RandomSampler", "BALANCE.DENSE.ROWS_PER_IMAGE": 9},
+    ),
+    "guided": (
+        CASCADE,
+        {"BALANCE.ROI_HEADS.GUIDED_LOSS": True, "BALANCE.ROI_HEADS.GUIDED_FACTOR": 2.0},
+    ),
+    "threshold": (
+        FASTER,
+        {
+            "BALANCE.ROI_HEADS.SCORE_THRESHOLD": "ForegroundThreshold",
+            "BALANCE.ForegroundThreshold.FLOOR": 0.1,
+        },
+    ),
+    "own floor": (
+        FASTER,
+        {
+            "BALANCE.ROI_HEADS.SCORE_THRESHOLD": "ForegroundThreshold",
+            "BALANCE.ROI_HEADS.ForegroundThreshold.FLOOR": 0.1,
+        },
+    ),
+    "pyramid": (PYRAMID, {"BALANCE.PYRAMID.REFINE_LEVEL": 1}),
+    "figure": (
+        RETINANET,
+        {
+            "BALANCE.DENSE.CLASSIFICATION_LOSS": "GHMClassificationLoss",
+            "BALANCE.GRADIENT_FIGURE_PERIOD": 5,
+        },
+    ),
+    "all images": (RETINANET, {"BALANCE.DENSE.OPTIMAL_PRIOR": True, "BALANCE.COUNT_IMAGES": None}),
+}
+
+
+@pytest.mark.parametrize("keys, choice", USED.values(), ids=USED)
+def test_a_key_with_an_effect_is_accepted(keys, choice):
+    build_model(config(keys, choice))
+
+
+def test_every_key_of_a_part_has_an_effect_somewhere():
+    # A key that no model reads could not be set by anybody.
+    reads = set()
+    guided = {f"BALANCE.{part}.GUIDED_LOSS": True for part in PARTS}
+    for keys, choice in [*USED.values(), (FCOS, {}), (MASK, EQL), (FCOS, guided), (MASK, guided)]:
+        cfg, found = recorded(config(keys, choice))
+        detectron2_build(cfg)
+        reads |= found
+    of_parts = {key for key in default_values() if key.split(".")[1] in PARTS}
+    assert of_parts - reads == set()
+
+
+# --- What is out of range -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("BALANCE.DENSE.POSITIVE_FRACTION", 7.0),
+        ("MODEL.ROI_HEADS.POSITIVE_FRACTION", 7.0),
+        ("BALANCE.COUNT_IMAGES", -5),
+        ("BALANCE.COUNT_IMAGES", 0),
+        ("BALANCE.GRADIENT_FIGURE_PERIOD", 0),
+        ("BALANCE.ROI_HEADS.CLASSIFICATION_WEIGHT", -3.0),
+        ("BALANCE.RPN.BOX_WEIGHT", -3.0),
+        ("BALANCE.DENSE.PRIOR_PROB", 0.0),
+        ("BALANCE.DENSE.PRIOR_PROB", float("nan")),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", -1.0),
+        ("SOLVER.STEPS", (10, -1)),
+        ("MODEL.RPN.IOU_THRESHOLDS", [0.3, 1.7]),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused(key, value):
+    with pytest.raises(InputError) as caught:
+        check_ranges(config({key: value}))
+    assert str(caught.value).startswith(f"{key} is {value}; it must lie in ")
+
+
+def test_defaults_lie_in_their_ranges():
+    check_ranges(config())
+
+
+def test_interval_ends_are_as_their_brackets_say():
+    assert inside(0, "[0, 1)") and not inside(1, "[0, 1)")
+    assert not inside(0, "(0, 1]") and inside(1, "(0, 1]")
+    assert inside(float("inf"), "(0, inf]") and not inside(float("inf"), "(0, inf)")
+    assert not inside("1", "[0, 1]")
+
+
+def test_every_number_of_a_part_has_a_range():
+    numbers = {
+        key
+        for key, value in default_values().items()
+        if key.split(".")[1] in PARTS and isinstance(value, (int, float)) and value not in (0, 1)
+    }
+    assert {key for key in numbers if not isinstance(default_values()[key], bool)} <= RANGES.keys()

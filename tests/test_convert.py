@@ -1,12 +1,19 @@
+import contextlib
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from detectron2.data.datasets.pascal_voc import load_voc_instances
 from detectron2.structures import BoxMode
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from balanced_det.data.registration import load_detections
@@ -159,7 +166,7 @@ def put(path, text):
         ("voc", remove("Annotations/b.xml"), "Split 'train' lists 'b'"),
         ("voc", put("Annotations/a.xml", "<annotation>"), "a.xml' is no sound Pascal VOC"),
         ("voc", put("Annotations/a.xml", "<a><object/></a>"), "a.xml' is no sound Pascal VOC"),
-        ("yolo", remove("data.yaml"), "data.yaml' is no readable YOLO"),
+        ("yolo", remove("data.yaml"), "data.yaml' does not exist"),
         ("yolo", put("data.yaml", "train: images/train"), "data.yaml' is no readable YOLO"),
         ("yolo", put("data.yaml", "{train: x, names: [a]}"), "names 'x', which does not exist"),
         ("yolo", put("data.yaml", "names: [a]"), "none of train, val, test"),
@@ -177,6 +184,144 @@ def test_bad_data_is_explained_and_nothing_is_written(request, tmp_path, kind, s
             {"voc": convert.read_voc, "yolo": convert.read_yolo}[kind], root, tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["{1: ant, 0: cat}", "{'1': ant, '0': cat}", "{'0': cat, 1: ant}", "['cat', 'ant']"],
+)
+def test_yolo_names_are_taken_by_their_number(yolo, tmp_path, names):
+    (yolo / "data.yaml").write_text(f"train: images/train\nnames: {names}\n")
+    _, content, *_ = convert.convert(convert.read_yolo, yolo, tmp_path)
+    assert [(c["id"], c["name"]) for c in content["train"]["categories"]] == [
+        (1, "cat"),
+        (2, "ant"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("{0: cat, 2: ant}", "2 classes, but not number 1"),
+        ("{1: cat, 2: ant}", "2 classes, but not number 0"),
+        ("{0: cat, '0': ant}", "class number 0 twice"),
+        ("{0: cat, 0: ant}", "stands twice"),
+        ("{cat: 0, ant: 1}", "'cat' of 'names' is no class number"),
+        ("{true: cat, 0: ant}", "True of 'names' is no class number"),
+        ("{0.0: cat, 1: ant}", "0.0 of 'names' is no class number"),
+        ("cat ant", "must be a list or a mapping"),
+        ("[]", "must be a list or a mapping"),
+        ("[cat, no]", "name of class 1 as False, not as a text: quote it"),
+        ("[cat, 1.5]", "name of class 1 as 1.5"),
+        ("[cat, 2020-01-01]", "name of class 1 as datetime.date"),
+        ("[cat, ]]", "no readable YAML"),
+        ("[cat, [ant]]", "name of class 1 as"),
+        ("[cat, cat]", "'cat' twice"),
+        ("[cat, '']", "class name '' is empty"),
+        ('["cat", "\\e[31mant"]', "control character"),
+        ("&a [cat, ant]\nnc: *a", "aliases"),
+    ],
+)
+def test_yolo_names_that_would_shift_or_change_are_refused(yolo, tmp_path, names, message):
+    (yolo / "data.yaml").write_text(f"train: images/train\nnames: {names}\n")
+    with pytest.raises(InputError, match=re.escape(message) if "[" in message else message):
+        convert.convert(convert.read_yolo, yolo, tmp_path / "out")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["voc", "yolo"])
+def test_sizes_are_those_of_the_turned_photograph(request, tmp_path, kind, orientation):
+    root = request.getfixturevalue(kind)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = (40, 30) if kind == "voc" else (40, 20)
+    stored = upright if orientation < 5 else upright[::-1]
+    path = root / {"voc": "JPEGImages/c.png", "yolo": "images/val/c.jpg"}[kind]
+    Image.new("RGB", stored).save(path, exif=exif)
+    reader = {"voc": convert.read_voc, "yolo": convert.read_yolo}[kind]
+    _, content, *_ = convert.convert(reader, root, tmp_path / "out")
+    (image,) = content["val"]["images"]
+    assert (image["width"], image["height"]) == upright
+
+
+def test_voc_size_of_another_picture_is_refused(voc, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(voc / "JPEGImages/a.png", exif=exif)
+    with pytest.raises(InputError, match="40 x 30 pixels, but .* has 30 x 40 as its EXIF data"):
+        convert.convert(convert.read_voc, voc, tmp_path)
+
+
+def test_images_of_a_list_may_lie_anywhere_but_never_leave_the_image_root(yolo, tmp_path):
+    elsewhere = tmp_path / "elsewhere" / "images"
+    elsewhere.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(elsewhere / "z.jpg")
+    (yolo / "list.txt").write_text(f"images/train/a.jpg\n{elsewhere / 'z.jpg'}\n")
+    (yolo / "data.yaml").write_text("train: list.txt\nnames: [cat, ant]\n")
+    _, content, _, root = convert.convert(convert.read_yolo, yolo, tmp_path / "out")
+    names = [image["file_name"] for image in content["train"]["images"]]
+    assert names == ["yolo/images/train/a.jpg", "elsewhere/images/z.jpg"]
+    assert root == tmp_path
+
+
+def deep_image(root):
+    Image.fromarray(np.full((20, 40), 40_000, np.uint16)).save(root / "images/train/a.png")
+    (root / "images/train/a.jpg").unlink()
+
+
+def pipe(path):
+    def spoil(root):
+        (root / path).unlink()
+        os.mkfifo(root / path)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (put("data.yaml", "[" * 5000), "no readable YAML"),
+        (put("data.yaml", "names: [a]\ntrain: {a: 1}\n"), "'train' must be a path"),
+        (put("data.yaml", "names: [a]\ntrain: 7\n"), "'train' must be a path"),
+        (put("data.yaml", "? [1]\n: 2\nnames: [a]\n"), "no text or number"),
+        (put("labels/train/a.txt", "0 nan 0 1 1"), "not finite"),
+        (put("labels/train/a.txt", "inf 0 0 1 1"), "class inf is not one of"),
+        (lambda root: (root / "labels/train/a.txt").write_bytes(b"\xff\xfe0"), "no text in UTF-8"),
+        (pipe("labels/train/a.txt"), "is no file"),
+        (pipe("images/train/a.jpg"), "is no file"),
+        (pipe("data.yaml"), "is no file"),
+        (deep_image, "more than 8 bits a channel"),
+    ],
+)
+def test_hostile_files_are_refused_in_a_sentence(yolo, tmp_path, spoil, message):
+    spoil(yolo)
+    with pytest.raises(InputError, match=message):
+        convert.convert(convert.read_yolo, yolo, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.binary(max_size=300))
+def test_any_bytes_as_a_file_are_converted_or_refused(text):
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "images").mkdir()
+        (root / "labels").mkdir()
+        Image.new("RGB", (4, 4)).save(root / "images/a.png")
+        (root / "data.yaml").write_text("train: images\nnames: [a]\n")
+        (root / "labels/a.txt").write_bytes(text)
+        (root / "Annotations").mkdir()
+        (root / "JPEGImages").mkdir()
+        (root / "Annotations/a.xml").write_bytes(text)
+        (root / "JPEGImages/a.png").write_bytes(text)
+        (root / "other.yaml").write_bytes(text)
+        for reader, path in (
+            (convert.read_yolo, root / "data.yaml"),
+            (convert.read_yolo, root / "other.yaml"),
+            (convert.read_voc, root),
+        ):
+            with contextlib.suppress(InputError):
+                convert.to_lvis(*reader(path)[:2])
 
 
 def test_existing_files_are_replaced_only_when_asked_for(voc, tmp_path):

@@ -26,7 +26,6 @@ from balanced_det.priors import optimal_prior, prior_bias
 INPUT = {"INPUT.MIN_SIZE_TRAIN": (90, 101, 130), "INPUT.MAX_SIZE_TRAIN": 170}
 COUNTED = {
     **INPUT,
-    "BALANCE.COUNT": True,
     "BALANCE.DENSE.CLASSIFICATION_LOSS": "BinaryCrossEntropyLoss",
     "BALANCE.DENSE.OPTIMAL_PRIOR": True,
     "BALANCE.RPN.OPTIMAL_PRIOR": True,
@@ -193,7 +192,7 @@ def test_counted_bias_is_saved_with_the_model(name, tmp_path):
     cfg, model, part = build(name, {"DATASETS.TRAIN": (register(make_records(4)),)})
     fit_to_training_data(model, cfg)
     DetectionCheckpointer(model, str(tmp_path)).save("counted")
-    _, restored, restored_part = build(name, {"BALANCE.COUNT": False})
+    _, restored, restored_part = build(name)
     assert not torch.equal(bias_of(restored_part), bias_of(part))
     DetectionCheckpointer(restored).load(str(tmp_path / "counted.pth"))
     assert torch.equal(bias_of(restored_part), bias_of(part))

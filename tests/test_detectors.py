@@ -28,6 +28,7 @@ SAMPLING_FREE = {
     "BALANCE.RPN.GUIDED_LOSS": True,
     "BALANCE.ROI_HEADS.SAMPLER": "AllSampler",
     "BALANCE.ROI_HEADS.GUIDED_LOSS": True,
+    "BALANCE.ROI_HEADS.GUIDED_FACTOR": 2.0,
 }
 ONE_CLASS = {f"MODEL.{part}.NUM_CLASSES": 1 for part in ("RETINANET", "FCOS", "ROI_HEADS")}
 # Batches that training meets: ordinary, with an image without objects, without any object.
@@ -415,7 +416,7 @@ REFUSALS = {
     "unknown loss": (RETINANET, "DENSE.CLASSIFICATION_LOSS", "FocalLos", "FocalLoss, GHMClass"),
     "unknown box loss": (FASTER, "ROI_HEADS.BOX_LOSS", "L2", "SmoothL1Loss"),
     "unknown sampler": (FASTER, "RPN.SAMPLER", "random", "RandomSampler"),
-    "unknown threshold": (RETINANET, "DENSE.SCORE_THRESHOLD", "adaptive", "class_adaptive"),
+    "unknown threshold": (RETINANET, "DENSE.SCORE_THRESHOLD", "adaptive", "ClassAdaptiveThreshold"),
     "impossible prior": (RETINANET, "DENSE.PRIOR_PROB", 1.0, "DENSE.PRIOR_PROB.*between 0 and 1"),
     "prior of no use": (RETINANET, "DENSE.PRIOR_PROB", 0.0, "DENSE.PRIOR_PROB.*between 0 and 1"),
     "prior of objectness": (FASTER, "RPN.PRIOR_PROB", 2.0, "RPN.PRIOR_PROB.*between 0 and 1"),

@@ -79,9 +79,9 @@ def test_loss_without_foreground_so_far_is_not_drawn(tmp_path):
 
 
 def test_nothing_is_drawn_by_default(tmp_path):
-    assert models.config().BALANCE.GRADIENT_FIGURE_PERIOD == 0
+    assert models.config().BALANCE.GRADIENT_FIGURE_PERIOD is None
     ghm = {"BALANCE.DENSE.CLASSIFICATION_LOSS": "GHMClassificationLoss"}
-    train(tmp_path, models.RETINANET, ghm, iterations=2, period=0)
+    train(tmp_path, models.RETINANET, ghm, iterations=2, period=None)
     assert not (tmp_path / "gradients").exists()
 
 
@@ -109,7 +109,7 @@ def test_figures_without_a_ghm_loss_are_a_warning(tmp_path, caplog):
 
 
 def test_figures_that_cannot_be_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="GRADIENT_FIGURE_PERIOD must not be negative"):
+    with pytest.raises(InputError, match="GRADIENT_FIGURE_PERIOD must be at least 1"):
         PlotGradients(-1, str(tmp_path))
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
@@ -187,8 +187,8 @@ def test_ghm_on_sampled_rows_of_a_region_head_is_one_warning(loss, sampler, capl
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == (sampler != "AllSampler")
     if messages:
-        assert f"'{loss}' is known not to work" in messages[0]
-        assert f"{sampler} has already removed the imbalance" in messages[0]
+        assert f"'{loss}': it is known not to work" in messages[0]
+        assert "the sampler has already removed the imbalance" in messages[0]
 
 
 def test_ghm_elsewhere_is_no_warning(caplog):

@@ -22,7 +22,7 @@ TAIL = torch.tensor([False, True, False, True, False])
 # What each constructor needs besides num_classes. SEQL draws nothing at probability 1.
 REQUIRED = {
     "EqualizationLoss": {"class_frequency": FREQUENCY},
-    "SoftmaxEqualizationLoss": {"class_frequency": FREQUENCY, "keep_probability": 1.0},
+    "SoftmaxEqualizationLoss": {"class_frequency": FREQUENCY, "drop_probability": 1.0},
 }
 # Settings under which a method has no effect.
 NEUTRAL = {
@@ -31,7 +31,7 @@ NEUTRAL = {
     "EqualizationLoss": {"tail_threshold": 0.0},
     "FocalLoss": {"alpha": None, "gamma": 0.0},
     "GHMClassificationLoss": {"bins": 1},
-    "SoftmaxEqualizationLoss": {"keep_probability": 0.0},
+    "SoftmaxEqualizationLoss": {"drop_probability": 0.0},
     "SoftmaxGHMLoss": {"bins": 1},
 }
 
@@ -319,7 +319,7 @@ def test_equalization_loss_spares_tail_classes_on_foreground_rows_only():
 
 
 def test_softmax_equalization_loss_follows_its_formula():
-    loss = SoftmaxEqualizationLoss(K, FREQUENCY, keep_probability=1.0)
+    loss = SoftmaxEqualizationLoss(K, FREQUENCY, drop_probability=1.0)
     logits, labels = make_rows(loss, dtype=torch.float64)
     expected = 0.0
     for row, label in zip(logits.tolist(), labels.tolist()):
@@ -333,7 +333,7 @@ def test_softmax_equalization_loss_follows_its_formula():
 
 def test_softmax_equalization_loss_draws_beta_for_every_row_and_class():
     num_rows, keep = 4000, 0.9
-    loss = SoftmaxEqualizationLoss(K, FREQUENCY, keep_probability=keep)
+    loss = SoftmaxEqualizationLoss(K, FREQUENCY, drop_probability=keep)
     logits, labels = torch.zeros(num_rows, K + 1), torch.zeros(num_rows).long()
     torch.manual_seed(0)
     _, gradient = loss_and_gradient(loss, logits, labels)

@@ -9,17 +9,20 @@ from distributed import run_workers
 from models import CASCADE, FASTER, FCOS, NUM_CLASSES, RETINANET, batch, config
 from records import make_records, register
 
+from balanced_det.build import counting
 from balanced_det.data.statistics import dataset_statistics
 from balanced_det.detectors.counting import count_rows, fit_to_training_data
-from balanced_det.detectors.thresholds import ScoreThreshold
+from balanced_det.thresholds import SCORE_THRESHOLDS
 
 CLASS_COUNTS = [60, 0, 30, 10, 100]
-KINDS = ("foreground", "class_adaptive")
+KINDS = ("ForegroundThreshold", "ClassAdaptiveThreshold")
 
 
-def threshold(kind="class_adaptive", **options):
-    options = {"fixed": 0.05, "num_classes": 5, "class_counts": CLASS_COUNTS, **options}
-    return ScoreThreshold(kind, **options)
+def threshold(kind="ClassAdaptiveThreshold", **options):
+    options = {"fixed": 0.05, "num_classes": 5, **options}
+    if kind == "ClassAdaptiveThreshold":
+        options["instance_count"] = CLASS_COUNTS
+    return SCORE_THRESHOLDS.get(kind)(**options)
 
 
 def value(kind, **options):
@@ -30,16 +33,17 @@ def value(kind, **options):
 
 def test_values_follow_the_formulas():
     # theta_j = N_f / N n_j / sum n; float32 rounding.
-    assert value("class_adaptive") == pytest.approx([0.012, 0, 0.006, 0.002, 0.02], rel=1e-6)
-    assert value("foreground") == pytest.approx([0.04] * 5, rel=1e-6)
-    assert value("fixed") == pytest.approx([0.05] * 5, rel=1e-6)
+    assert value("ClassAdaptiveThreshold", floor=0.0) == pytest.approx(
+        [0.012, 0, 0.006, 0.002, 0.02], rel=1e-6
+    )
+    assert value("ForegroundThreshold") == pytest.approx([0.04] * 5, rel=1e-6)
+    assert value("FixedThreshold") == pytest.approx([0.05] * 5, rel=1e-6)
 
 
 def test_floor_is_the_least_value():
     expected = [0.012, 0.005, 0.006, 0.005, 0.02]
-    assert value("class_adaptive", floor=0.005) == pytest.approx(expected, rel=1e-6)
-    assert value("foreground", floor=0.1) == pytest.approx([0.1] * 5, rel=1e-6)
-    assert value("fixed", floor=0.1) == pytest.approx([0.05] * 5, rel=1e-6)
+    assert value("ClassAdaptiveThreshold", floor=0.005) == pytest.approx(expected, rel=1e-6)
+    assert value("ForegroundThreshold", floor=0.1) == pytest.approx([0.1] * 5, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,22 +66,19 @@ def test_observed_rows_are_summed_over_steps_and_workers():
 
 def training_keys(records, kind):
     return {
-        "BALANCE.COUNT": True,
         "INPUT.RANDOM_FLIP": "none",  # so that counting again gives the same
         "DATASETS.TRAIN": (register(records),),
         "BALANCE.DENSE.SCORE_THRESHOLD": kind,
         "BALANCE.ROI_HEADS.SCORE_THRESHOLD": kind,
-        "BALANCE.DENSE.SCORE_THRESHOLD_FLOOR": 0.0,
-        "BALANCE.ROI_HEADS.SCORE_THRESHOLD_FLOOR": 0.0,
+        f"BALANCE.{kind}.FLOOR": 0.0,
     }
 
 
 def restored(model, keys, folder):
     """Save a model and load it as --eval-only does: without a training set."""
     DetectionCheckpointer(model, str(folder)).save("model")
-    evaluated = build_model(
-        config(*keys, {"BALANCE.COUNT": False, "DATASETS.TRAIN": ("no such data set",)})
-    )
+    with counting(False):
+        evaluated = build_model(config(*keys, {"DATASETS.TRAIN": ("no such data set",)}))
     DetectionCheckpointer(evaluated).load(str(folder / "model.pth"))
     return evaluated.eval()
 
@@ -92,7 +93,7 @@ def test_dense_detectors_count_their_threshold_and_save_it(detector, kind, tmp_p
     fit_to_training_data(model, cfg)
     counts = count_rows(model, model.backbone, cfg, records)
     expected = torch.full((NUM_CLASSES,), counts.num_foreground / counts.num_rows)
-    if kind == "class_adaptive":
+    if kind == "ClassAdaptiveThreshold":
         boxes = dataset_statistics(records, NUM_CLASSES).instance_count
         expected = expected * boxes / boxes.sum()
     if detector is FCOS:  # the scores of which are square roots
@@ -110,7 +111,9 @@ def test_dense_detectors_count_their_threshold_and_save_it(detector, kind, tmp_p
 def test_inference_keeps_what_exceeds_the_threshold_of_its_class(detector):
     names = ("RETINANET.SCORE_THRESH_TEST", "FCOS.SCORE_THRESH_TEST", "ROI_HEADS.SCORE_THRESH_TEST")
     keys = {f"MODEL.{name}": 0.0 for name in names}
-    keys.update({f"BALANCE.{p}.SCORE_THRESHOLD": "foreground" for p in ("DENSE", "ROI_HEADS")})
+    keys.update(
+        {f"BALANCE.{p}.SCORE_THRESHOLD": "ForegroundThreshold" for p in ("DENSE", "ROI_HEADS")}
+    )
     keys["TEST.DETECTIONS_PER_IMAGE"] = 100_000
     torch.manual_seed(0)
     model = build_model(config(detector, keys)).eval()
@@ -137,7 +140,7 @@ def test_inference_keeps_what_exceeds_the_threshold_of_its_class(detector):
 @pytest.mark.parametrize("detector", [FASTER, CASCADE])
 def test_region_heads_count_while_they_train_and_save_it(detector, tmp_path):
     records = make_records(10)
-    keys = training_keys(records, "class_adaptive")
+    keys = training_keys(records, "ClassAdaptiveThreshold")
     # The boxes of an untrained head's last stage are its weights': these leave foreground in all.
     torch.manual_seed(0)
     model = build_model(config(detector, keys))

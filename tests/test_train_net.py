@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import launch
 from detectron2.utils import comm
 
+from balanced_det.config import load_config, parse_args
 from balanced_det.data import shapes
-from balanced_det.engine import Trainer, check_run, load_config
+from balanced_det.engine import Trainer, check_run
 from balanced_det.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -227,8 +228,9 @@ def test_two_processes_train_one_model(data, tmp_path):
 
 def check(arguments):
     """Do what the command does before it launches anything."""
-    args = default_argument_parser().parse_args(arguments)
-    check_run(load_config(args.config_file, args.opts), num_workers=args.num_gpus)
+    args = parse_args(arguments)
+    cfg = load_config(args.config_file, args.opts, fragments=args.fragments)
+    check_run(cfg, num_workers=args.num_gpus)
 
 
 def refuse(arguments, out, *mentioned):

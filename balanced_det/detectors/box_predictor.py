@@ -8,12 +8,12 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn import functional as F
 
-from ..build import build_criterion, build_sampler, initial_prior
+from ..build import build_criterion, build_sampler, build_score_threshold, initial_prior
 from ..rows import nonzero
 from ..selection import Rows, Selection
 from .inference import region_detections
 from .matching import pad
-from .thresholds import CountedScoreThreshold, build_score_threshold
+from .thresholds import CountedScoreThreshold
 
 REPLACED_KEYS = {
     "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (0.0, "BALANCE.SmoothL1Loss.BETA"),
@@ -31,7 +31,7 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         criterion: the :class:`~balanced_det.criterion.Criterion`.
         selection: the :class:`~balanced_det.selection.Selection`: what the losses are divided by,
             and with a sampler by loss which of the given rows take part.
-        score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
+        score_threshold: the :class:`~balanced_det.thresholds.ScoreThreshold`.
         prior_prob: the probability that every class starts with; None leaves the bias at zero.
         kwargs: Detectron2's own arguments.
     """

@@ -94,9 +94,11 @@ def fit_to_training_data(model, cfg):
         name, part = "RPN", model.proposal_generator
     else:
         name, part = "DENSE", model
-    keys = cfg.BALANCE[name]
+    sets_prior = cfg.BALANCE[name].OPTIMAL_PRIOR
     # The region heads count their thresholds while they train: proposals come from the network.
-    if not keys.OPTIMAL_PRIOR and keys.get("SCORE_THRESHOLD", "fixed") == "fixed":
+    threshold = getattr(part, "score_threshold", None)
+    sets_threshold = threshold is not None and threshold.counts
+    if not sets_prior and not sets_threshold:
         return
     if not hasattr(part, "label_rows"):
         raise InputError(
@@ -115,10 +117,10 @@ def fit_to_training_data(model, cfg):
         100 * counts.standard_error,
         prior,
     )
-    if keys.OPTIMAL_PRIOR:
+    if sets_prior:
         part.set_prior(prior)
-    if name == "DENSE":
-        part.score_threshold.set_row_counts(counts.num_foreground, counts.num_rows)
+    if sets_threshold:
+        threshold.set_row_counts(counts.num_foreground, counts.num_rows)
 
 
 def _counted_once(part, backbone, cfg):
@@ -131,7 +133,7 @@ def _counted_once(part, backbone, cfg):
         )
         # The choice of images is part of the result, so it never varies.
         order = np.random.RandomState(0).permutation(len(dicts))
-        chosen = order[: cfg.BALANCE.COUNT_IMAGES or None]
+        chosen = order[: cfg.BALANCE.COUNT_IMAGES]
         state = np.random.get_state()  # the augmentations draw from numpy
         np.random.seed(0)
         try:

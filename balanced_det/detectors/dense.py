@@ -5,12 +5,18 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..build import build_criterion, build_sampler, initial_prior
+from ..build import (
+    build_criterion,
+    build_sampler,
+    build_score_threshold,
+    initial_prior,
+    quota_arguments,
+)
 from ..rows import level_rows, split_levels
 from ..selection import PerForegroundOnAverage, Selection
 from .inference import dense_detections
 from .matching import Objects
-from .thresholds import CountedScoreThreshold, build_score_threshold
+from .thresholds import CountedScoreThreshold
 from .wide_conv import WideConv2d
 
 
@@ -20,7 +26,7 @@ class BalancedDenseDetector(CountedScoreThreshold):
     Args:
         criterion: the :class:`~balanced_det.criterion.Criterion`.
         selection: the :class:`~balanced_det.selection.Selection`, which rows take part.
-        score_threshold: the :class:`~balanced_det.detectors.thresholds.ScoreThreshold`.
+        score_threshold: the :class:`~balanced_det.thresholds.ScoreThreshold`.
         prior_prob: the probability that every class starts with.
         kwargs: Detectron2's own arguments.
     """
@@ -137,14 +143,13 @@ def balance_arguments(cfg, num_classes, fixed_threshold, initial_normalizer):
         fixed_threshold: Detectron2's own score threshold.
         initial_normalizer: foreground rows of a batch while none was seen, as Detectron2 has it.
     """
-    keys = cfg.BALANCE.DENSE
+    sampler = build_sampler(cfg, "DENSE")
     return {
         "criterion": build_criterion(cfg, "DENSE", num_classes),
         "selection": Selection(
-            build_sampler(cfg, "DENSE"),
+            sampler,
             PerForegroundOnAverage(initial_normalizer),
-            keys.ROWS_PER_IMAGE,
-            keys.POSITIVE_FRACTION,
+            **quota_arguments(cfg, "DENSE", sampler),
         ),
         "score_threshold": build_score_threshold(cfg, "DENSE", num_classes, fixed_threshold),
         "prior_prob": initial_prior(cfg, "DENSE"),

@@ -70,7 +70,7 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
         A counted threshold is one of probabilities, so its square root is taken as well.
         """
         threshold = self.score_threshold.value
-        return threshold if self.score_threshold.kind == "fixed" else threshold.sqrt()
+        return threshold.sqrt() if self.score_threshold.counts else threshold
 
     def label_anchors(self, anchors, objects):
         """Label the points of a batch by FCOS's rule; see the base class."""

@@ -57,6 +57,11 @@ class ClassificationLoss(nn.Module):
     Attributes:
         num_classes: K, the number of object classes.
         num_logits: channels of a row; the detector sizes its last layer by it.
+        needs: names of the constructor's arguments that are counted in the training set:
+            "class_frequency" (K,) or "class_counts" (K,).
+        refused_on: {name of a part: why the method cannot work on it}.
+        sampled_rows_warning: why the method does badly on the few rows that a sampler leaves of a
+            region head; None where it does not.
         scores_rise_with_logits: every score is one and the same function of its own logit, and
             never falls where that rises. Inference then ranks logits.
 
@@ -65,6 +70,9 @@ class ClassificationLoss(nn.Module):
     holds it.
     """
 
+    needs = ()
+    refused_on = {}
+    sampled_rows_warning = None
     scores_rise_with_logits = False
 
     def __init__(self, num_classes, num_logits):

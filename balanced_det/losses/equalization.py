@@ -14,7 +14,7 @@ rows, which is the normalizer that a region head passes. The official code
 SEQL is the form for softmax classification:
 
     L = -log(exp(z_y) / sum_k w_k exp(z_k))                                              (Eq. 6, 7)
-    w_k = 1 - beta T(f_k) (1 - y_k),  beta ~ Bernoulli(keep_probability)                 (Eq. 8)
+    w_k = 1 - beta T(f_k) (1 - y_k),  beta ~ Bernoulli(drop_probability)                 (Eq. 8)
 
 The paper does not say what beta is drawn for; its authors' reference (issue 9 of the repository
 above) draws one for every (row, class), and so do we. It sets dropped logits to -1e7, we to -inf;
@@ -152,6 +152,8 @@ class EqualizationLoss(SigmoidLoss):
             while they are unknown. A tail of no class, or of all, is logged as a warning.
     """
 
+    needs = ("class_frequency",)
+
     def __init__(self, num_classes, class_frequency, tail_threshold=0.00177, tail_share=None):
         super().__init__(num_classes)
         self.tail = TailClasses(num_classes, class_frequency, tail_threshold, tail_share)
@@ -174,7 +176,7 @@ class SoftmaxEqualizationLoss(SoftmaxLoss):
         num_classes: K; the loss has K + 1 logits.
         class_frequency: as in :class:`EqualizationLoss`.
         tail_threshold: as in :class:`EqualizationLoss`.
-        keep_probability: P(beta = 1), the probability to drop a tail class from a row's softmax,
+        drop_probability: P(beta = 1), the probability to drop a tail class from a row's softmax,
             which keeps the row from suppressing it (gamma in the paper); 0 is cross entropy.
         tail_share: as in :class:`EqualizationLoss`.
 
@@ -182,19 +184,21 @@ class SoftmaxEqualizationLoss(SoftmaxLoss):
         InputError: as :class:`EqualizationLoss`, and for a probability outside [0, 1].
     """
 
+    needs = ("class_frequency",)
+
     def __init__(
         self,
         num_classes,
         class_frequency,
         tail_threshold=0.00177,
-        keep_probability=0.9,
+        drop_probability=0.9,
         tail_share=None,
     ):
         super().__init__(num_classes)
-        if not 0 <= keep_probability <= 1:
-            raise InputError(f"keep_probability must be in [0, 1], not {keep_probability}.")
+        if not 0 <= drop_probability <= 1:
+            raise InputError(f"drop_probability must be in [0, 1], not {drop_probability}.")
         self.tail = TailClasses(num_classes, class_frequency, tail_threshold, tail_share)
-        self.keep_probability = keep_probability
+        self.drop_probability = drop_probability
 
     @property
     def class_frequency(self):
@@ -205,6 +209,6 @@ class SoftmaxEqualizationLoss(SoftmaxLoss):
         """Return every row's cross entropy over the channels that were not dropped, (R,)."""
         channel = torch.arange(self.num_logits, device=logits.device)
         tail = nn.functional.pad(self.tail.mask(), (0, 1))  # (K + 1,), background is never tail
-        beta = torch.rand(logits.shape, device=logits.device) < self.keep_probability
+        beta = torch.rand(logits.shape, device=logits.device) < self.drop_probability
         dropped = beta & tail & (channel != labels.unsqueeze(-1))  # (*lead, K + 1)
         return super().cross_entropy(logits.masked_fill(dropped, -torch.inf), labels)

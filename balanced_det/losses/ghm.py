@@ -28,6 +28,13 @@ def _row_labels(levels):
 class _Harmonized:
     """The statistics and the call of both losses, to inherit before the loss's family."""
 
+    # https://github.com/libuyu/GHM_Detection/issues/15
+    sampled_rows_warning = (
+        "it is known not to work on the sampled rows of a region head, say its authors: the "
+        "sampler has already removed the imbalance that it harmonizes; use it in BALANCE.RPN or "
+        "BALANCE.DENSE, or set BALANCE.ROI_HEADS.SAMPLER to 'AllSampler'"
+    )
+
     def __init__(self, num_classes, bins=30, momentum=0.75, bias_correction=True):
         super().__init__(num_classes)
         self.gradient_density = GradientDensity(bins, momentum, bias_correction)

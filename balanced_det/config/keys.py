@@ -1,0 +1,223 @@
+"""Every configuration key of this project, with its meaning and its source.
+
+Detectron2's own keys keep their meaning. All choices of this project stand in the one node
+``BALANCE``: a slot (``BALANCE.DENSE.CLASSIFICATION_LOSS``) names a registered method, and the node
+of that name (``BALANCE.FocalLoss``) holds the method's parameters. These nodes are made from the
+constructors: names, defaults and meanings stand in the classes. A part of a detector may have its
+own values, ``BALANCE.RPN.SmoothL1Loss.BETA`` beside ``BALANCE.SmoothL1Loss.BETA``.
+
+The default of every slot reproduces Detectron2's own detector. ``None`` is off, everywhere.
+"""
+
+from detectron2.config import CfgNode
+
+from ..errors import InputError
+from ..losses import BOX_LOSSES, CLASSIFICATION_LOSSES
+from ..parts import PARTS, Part
+from ..pyramid import BalancedFeaturePyramid
+from ..registry import Registry
+from ..samplers import SAMPLERS
+from ..thresholds import SCORE_THRESHOLDS
+from .reads import leaves
+
+# Slots of a part, and what the method that each names is.
+SLOTS = {
+    "CLASSIFICATION_LOSS": CLASSIFICATION_LOSSES,
+    "BOX_LOSS": BOX_LOSSES,
+    "SAMPLER": SAMPLERS,
+    "SCORE_THRESHOLD": SCORE_THRESHOLDS,
+}
+PYRAMID_BUILDER = "build_balanced_pyramid_backbone"
+
+# Keys that files of older versions have, and what took their place.
+_RENAMED = {
+    "BALANCE.COUNT": "the argument 'count' of balanced_det.build.build_model",
+    "BALANCE.SoftmaxEqualizationLoss.KEEP_PROBABILITY": (
+        "BALANCE.SoftmaxEqualizationLoss.DROP_PROBABILITY"
+    ),
+    "BALANCE.DENSE.SCORE_THRESHOLD_FLOOR": "BALANCE.ClassAdaptiveThreshold.FLOOR",
+    "BALANCE.ROI_HEADS.SCORE_THRESHOLD_FLOOR": "BALANCE.ClassAdaptiveThreshold.FLOOR",
+}
+
+
+def add_balanced_det_config(cfg: CfgNode) -> None:
+    """Add this project's keys to ``cfg``, in place: those of all methods registered by now."""
+    methods = _method_keys()
+    cfg.BALANCE = CfgNode({**_run_keys(), **methods, "PYRAMID": _pyramid_keys()})
+    for part in PARTS.values():
+        # New keys may be nodes of methods, see add_own_node; any other has no effect, which is
+        # refused when a model is built.
+        cfg.BALANCE[part.name] = CfgNode(_part_keys(part), new_allowed=True)
+    cfg.MODEL.FCOS = CfgNode(_fcos_keys())
+    # Detectron2 has the samplers that read these, but no keys for them. The share of the images
+    # that RandomSubsetTrainingSampler draws from.
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
+    # [name, weight] of training sets for the two weighted samplers; others weigh 1.
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
+    for old, new in _RENAMED.items():
+        cfg.register_renamed_key(old, new)
+
+
+def add_own_node(cfg: CfgNode, key: str) -> None:
+    """Add the node in which a part has its own values for a method, where ``key`` is one of these.
+
+    A part has a node of a method only when it is used: ``BALANCE.RPN.SmoothL1Loss`` comes with the
+    key ``BALANCE.RPN.SmoothL1Loss.BETA``. What is None in it is as all parts have it.
+    """
+    match key.split("."):
+        case "BALANCE", part, method, _ if part in PARTS and method in cfg.BALANCE:
+            if method not in cfg.BALANCE[part]:
+                cfg.BALANCE[part][method] = CfgNode(dict.fromkeys(cfg.BALANCE[method]))
+
+
+def default_values() -> dict:
+    """Return {full name: default} of all keys of :func:`add_balanced_det_config`."""
+    cfg = CfgNode({"MODEL": {}, "DATALOADER": {}, "DATASETS": {}})
+    add_balanced_det_config(cfg)
+    return {**leaves(cfg.BALANCE, "BALANCE"), **leaves(cfg.MODEL.FCOS, "MODEL.FCOS")}
+
+
+def slot_keys() -> dict[str, Registry]:
+    """Return {full name of a slot: the registry of what it names}."""
+    return {
+        f"BALANCE.{part.name}.{slot}": SLOTS[slot]
+        for part in PARTS.values()
+        for slot in _slot_defaults(part)
+    }
+
+
+def _run_keys():
+    return {
+        # Modules of your own to import, so that slots can name the losses, samplers and other
+        # methods that they register: names of modules, or paths of .py files, relative to the
+        # config file. See docs/extend.md.
+        "IMPORTS": [],
+        # A _BASE_ may be an address to download from. Of effect on the command line alone, so that
+        # no file vouches for itself.
+        "BASE_FROM_URL": False,
+        # Your own data: a list of [name, json_file, image_root], in LVIS or COCO format. Relative
+        # paths are relative to the folder in DETECTRON2_DATASETS ("datasets" when unset), as
+        # Detectron2's own data sets are. The names are then used in DATASETS.TRAIN and
+        # DATASETS.TEST.
+        "DATASETS": [],
+        # How many random training images the optimal prior and the counted thresholds of dense
+        # detectors are counted on; None counts on all. The log tells the standard error: on LVIS
+        # about 2,500 images give 1% for RetinaNet, 1,100 for FCOS and 7,300 for RPN.
+        "COUNT_IMAGES": 8000,
+        # Train only the modules whose name starts with one of these; empty trains all. The second
+        # phase of decoupled training (arXiv 1910.09217) trains the classifier alone.
+        "TRAIN_ONLY": [],
+        # Every so many iterations, draw the gradient lengths of every GHM loss of the model (Fig. 1
+        # of arXiv 1811.05181) into OUTPUT_DIR/gradients and TensorBoard; None never does. Needs
+        # matplotlib.
+        "GRADIENT_FIGURE_PERIOD": None,
+        **_trust_keys(),
+    }
+
+
+def _trust_keys():
+    return {
+        # MODEL.WEIGHTS of an earlier run brings its weights alone; what was counted (class
+        # frequencies, row counts, gradient statistics) is that of this run's "data". "checkpoint"
+        # takes the checkpoint's instead, as --resume and --eval-only do.
+        "STATISTICS": "data",
+        # Load a checkpoint that was trained on classes of other names, or in another order.
+        "OTHER_CLASSES": False,
+        # SHA-256 digests of pickled weights that may run code when they are loaded.
+        "TRUSTED_WEIGHTS": [],
+        # Evaluate a model of which MODEL.WEIGHTS brings only a part; the rest has random weights.
+        "UNTRAINED": False,
+        # --resume starts where OUTPUT_DIR holds no checkpoint, as a job that may be preempted
+        # wants.
+        "RESUME_OR_START": False,
+        # Start over in an OUTPUT_DIR that holds a run's checkpoints; they are removed.
+        "OVERWRITE": False,
+        # How many steps of a run may be skipped because a loss or gradient is not finite.
+        "SKIP_BAD_STEPS": 0,
+        # How many broken training images may be replaced by others; a worker counts its own.
+        "SKIP_BROKEN_IMAGES": 0,
+        # What SOLVER.AMP computes in: "float16", which scales gradients, or "bfloat16".
+        "AMP_DTYPE": "float16",
+        # Batches of SOLVER.IMS_PER_BATCH images a step; its gradient is their mean.
+        "ACCUMULATE_STEPS": 1,
+    }
+
+
+def _slot_defaults(part: Part):
+    slots = {
+        "CLASSIFICATION_LOSS": part.classification_loss,
+        "BOX_LOSS": "SmoothL1Loss",
+        "SAMPLER": part.sampler,
+    }
+    if part.has_classes:
+        # RPN ranks its boxes, and drops none by score.
+        slots["SCORE_THRESHOLD"] = "FixedThreshold"
+    return slots
+
+
+def _part_keys(part: Part):
+    keys = {
+        **_slot_defaults(part),
+        # Weights of the two losses; RPN and region heads multiply Detectron2's own weights with
+        # them.
+        "CLASSIFICATION_WEIGHT": 1.0,
+        "BOX_WEIGHT": 1.0,
+        # The probability that every class starts with (RetinaNet, arXiv 1708.02002, section 4.1);
+        # None is a bias of zero.
+        "PRIOR_PROB": part.prior_prob,
+        # Scale the classification loss to the size of the box loss at every step (arXiv 1909.04868,
+        # section 3.3), then multiply it by a constant. The official code has 2 for region heads.
+        "GUIDED_LOSS": False,
+        "GUIDED_FACTOR": 1.0,
+    }
+    if part.counts_rows:
+        # Count the optimal prior p* = N_f / (N C) over the training set, and start with that
+        # instead of PRIOR_PROB (arXiv 1909.04868, section 3.2).
+        keys["OPTIMAL_PRIOR"] = False
+    if part.has_quota:
+        # How many rows of an image a sampler takes that does not take all, and the largest share
+        # of foreground rows among them; RPN and region heads have Detectron2's own keys for it.
+        keys["ROWS_PER_IMAGE"] = 512
+        keys["POSITIVE_FRACTION"] = 0.25
+    return keys
+
+
+def _method_keys():
+    """Return {method: {KEY: default}} of all registered methods that have parameters."""
+    keys = {}
+    for registry in SLOTS.values():
+        for name, _ in registry:
+            if name in keys:
+                raise InputError(f"Two methods of different kinds are named '{name}'.")
+            parameters = registry.parameters(name)
+            if parameters:
+                keys[name] = {key.upper(): default for key, default in parameters.items()}
+    return keys
+
+
+def _pyramid_keys():
+    # Balanced feature pyramid, arXiv 1904.02701, section 3.2, chosen by MODEL.BACKBONE.NAME: the
+    # builder of the FPN backbone that it is put around, and the pyramid's own parameters.
+    given = Registry("pyramid", given=("backbone",))
+    given.register(BalancedFeaturePyramid)
+    parameters = given.parameters("BalancedFeaturePyramid")
+    return {
+        "BACKBONE": "build_resnet_fpn_backbone",
+        **{key.upper(): default for key, default in parameters.items()},
+    }
+
+
+def _fcos_keys():
+    # Detectron2 has FCOS, but no keys for it; the values are those of its constructor.
+    return {
+        "NUM_CLASSES": 80,
+        "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
+        # Convolutions of each tower, and their normalization ("" for none).
+        "NUM_CONVS": 4,
+        "NORM": "",
+        # In strides: how close to the center of a box a point must lie to be foreground.
+        "CENTER_SAMPLING_RADIUS": 1.5,
+        "SCORE_THRESH_TEST": 0.2,
+        "TOPK_CANDIDATES_TEST": 1000,
+        "NMS_THRESH_TEST": 0.6,
+    }

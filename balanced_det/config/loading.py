@@ -1,0 +1,162 @@
+"""From config files and a command line to a config: read, merged key by key, mistakes named."""
+
+import dataclasses
+import functools
+import logging
+import os
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+
+from ..data.registration import register_datasets
+from ..errors import InputError
+from .files import Layer, read_layers
+from .imports import import_modules, resolve_imports
+from .keys import add_balanced_det_config, add_own_node, slot_keys
+from .ranges import check_ranges
+
+logger = logging.getLogger(__name__)
+
+COMMAND_LINE = "the command line"
+# Fragments that --with finds by name.
+FRAGMENTS = Path(__file__).parents[2] / "configs" / "methods"
+_FRAGMENT_FOLDERS = {
+    "GeneralizedRCNN": "rcnn",
+    "BalancedRetinaNet": "retinanet",
+    "BalancedFCOS": "fcos",
+}
+# What yacs raises for a key or value that it refuses, and Python for text that is no value.
+_CONFIG_ERRORS = (KeyError, ValueError, TypeError, AssertionError, RecursionError, MemoryError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a key got its value.
+
+    Attributes:
+        source: the file, or "the command line".
+        slots: {full name of a slot: the method that it named} when that file was merged.
+    """
+
+    source: str
+    slots: dict
+
+
+def load_config(config_file: str, opts=(), *, fragments=(), **overrides) -> CfgNode:
+    """Read a config file of this project and register the data sets that it names.
+
+    Args:
+        config_file: path of a YAML file.
+        opts: ["KEY", "VALUE", ...] to set after that, as on the command line.
+        fragments: config files to merge between the two: paths, or names of those in
+            ``configs/methods`` that fit the detector.
+        overrides: more keys to set, with "__" for each dot.
+
+    Returns:
+        The config, not frozen.
+
+    Raises:
+        InputError: a file cannot be used, a key does not exist or has a new name, a value is of the
+            wrong type or out of its range.
+    """
+    if len(opts) % 2:
+        raise InputError(f"Not pairs of KEY VALUE: {' '.join(map(str, opts))}.")
+    given = dict(zip(opts[::2], opts[1::2]))
+    given.update({key.replace("__", "."): value for key, value in overrides.items()})
+    allow_urls = str(given.get("BALANCE.BASE_FROM_URL", False)) == "True"
+    layers = read_layers(config_file, allow_urls=allow_urls)
+    for fragment in fragments:
+        layers += read_layers(_fragment(fragment, layers), allow_urls=allow_urls)
+    layers.append(Layer(COMMAND_LINE, given))
+    return merged(layers)
+
+
+def merged(layers: list[Layer]) -> CfgNode:
+    """Merge layers over the defaults, check the result and register its data sets."""
+    _import_modules(layers)
+    cfg = get_cfg()
+    add_balanced_det_config(cfg)
+    origins = {}
+    for layer in layers:
+        for key, value in layer.values.items():
+            _set(cfg, key, value, layer.source)
+        slots = {slot: _value(cfg, slot) for slot in (*slot_keys(), "MODEL.BACKBONE.NAME")}
+        origins.update(dict.fromkeys(layer.values, Origin(layer.source, slots)))
+    # Beside the keys, for what reads the config to say who set them; see balanced_det.build.
+    cfg.BALANCE.__dict__["origins"] = origins
+    check_ranges(cfg)
+    if not torch.cuda.is_available() and cfg.MODEL.DEVICE == "cuda":
+        logger.warning("No GPU is available: MODEL.DEVICE is set to cpu.")
+        cfg.MODEL.DEVICE = "cpu"
+    register_datasets(cfg)
+    return cfg
+
+
+def _set(cfg, key, value, source):
+    if key == "VERSION" and value != cfg.VERSION:
+        raise InputError(
+            f"{source}: VERSION is {value}; this project reads files of Detectron2's version "
+            f"{cfg.VERSION}."
+        )
+    try:
+        add_own_node(cfg, key)
+        cfg.merge_from_list([key, _number(cfg, key, value)])
+    except _CONFIG_ERRORS as error:
+        where = f"{key} {value}" if source == COMMAND_LINE else source
+        raise InputError(f"{where}: {_reason(error)}.") from None
+
+
+def _number(cfg, key, value):
+    """Return an integer as a float where the key holds one: 1 for 1.0, which yacs refuses.
+
+    What is no key at all is left to yacs to refuse; it does not tell nodes from values.
+    """
+    *parents, name = key.split(".")
+    node = cfg
+    for parent in parents:
+        node = node.get(parent)
+        if not isinstance(node, CfgNode):
+            if node is not None:
+                raise ValueError(f"{key}: {parent} is a value, and has no key '{name}'")
+            return value
+    if isinstance(node.get(name), CfgNode):
+        raise ValueError(f"{key} holds keys, it is no value to set")
+    if isinstance(node.get(name), float) and type(CfgNode._decode_cfg_value(value)) is int:
+        return float(CfgNode._decode_cfg_value(value))
+    return value
+
+
+def _value(cfg, key):
+    return functools.reduce(dict.__getitem__, key.split("."), cfg)
+
+
+def _reason(error):
+    return str(error.args[0] if error.args else error).rstrip(".!")
+
+
+def _import_modules(layers):
+    names = []
+    for layer in layers:
+        if "BALANCE.IMPORTS" in layer.values:
+            value = CfgNode._decode_cfg_value(layer.values["BALANCE.IMPORTS"])
+            folder = "" if layer.source == COMMAND_LINE else os.path.dirname(layer.source)
+            layer.values["BALANCE.IMPORTS"] = names = resolve_imports(value, folder)
+    import_modules(names)
+
+
+def _fragment(name, layers):
+    """Return the file that a name of ``--with`` means for the detector of ``layers``."""
+    if name.endswith((".yaml", ".yml")):
+        return name
+    settings = [layer.values.get("MODEL.META_ARCHITECTURE") for layer in layers]
+    architecture = next((s for s in reversed(settings) if s), "GeneralizedRCNN")
+    folders = [FRAGMENTS, FRAGMENTS / _FRAGMENT_FOLDERS.get(architecture, "")]
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return str(folder / f"{name}.yaml")
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise InputError(
+        f"--with {name}: unknown for {architecture}; known are: {', '.join(known)}, or the path of "
+        "a .yaml file."
+    )

@@ -1,0 +1,131 @@
+"""Values that a number of the config may have; what lies outside trains nothing sensible.
+
+Intervals are written as in mathematics: ``[0, 1)`` holds 0 and not 1. In a list, each number has to
+lie inside. Parameters of methods are checked by their constructors.
+"""
+
+import functools
+import math
+import operator
+
+from detectron2.config import CfgNode
+
+from ..errors import InputError
+
+_SHARE = "[0, 1]"
+_AT_LEAST_0 = "[0, inf)"
+_AT_LEAST_1 = "[1, inf)"
+_ABOVE_0 = "(0, inf)"
+
+_SOLVER = {
+    "SOLVER.IMS_PER_BATCH": _AT_LEAST_1,
+    "SOLVER.BASE_LR": _AT_LEAST_0,
+    "SOLVER.BIAS_LR_FACTOR": _AT_LEAST_0,
+    "SOLVER.MOMENTUM": "[0, 1)",
+    "SOLVER.WEIGHT_DECAY": _AT_LEAST_0,
+    "SOLVER.WEIGHT_DECAY_NORM": _AT_LEAST_0,
+    "SOLVER.WEIGHT_DECAY_BIAS": _AT_LEAST_0,
+    "SOLVER.GAMMA": _ABOVE_0,
+    "SOLVER.STEPS": _AT_LEAST_0,
+    "SOLVER.MAX_ITER": _AT_LEAST_0,
+    "SOLVER.WARMUP_FACTOR": _SHARE,
+    "SOLVER.WARMUP_ITERS": _AT_LEAST_0,
+    "SOLVER.CHECKPOINT_PERIOD": _AT_LEAST_1,
+    # A value below zero turns the gradients round.
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": _ABOVE_0,
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": "(0, inf]",
+}
+_DATA = {
+    "DATALOADER.NUM_WORKERS": _AT_LEAST_0,
+    "DATALOADER.REPEAT_THRESHOLD": _AT_LEAST_0,
+    "INPUT.MIN_SIZE_TRAIN": _AT_LEAST_1,
+    "INPUT.MAX_SIZE_TRAIN": _AT_LEAST_1,
+    "INPUT.MIN_SIZE_TEST": _AT_LEAST_0,  # 0 leaves the size as it is
+    "INPUT.MAX_SIZE_TEST": _AT_LEAST_1,
+    "TEST.EVAL_PERIOD": _AT_LEAST_0,
+    "TEST.DETECTIONS_PER_IMAGE": _AT_LEAST_1,
+}
+_MODEL = {
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": _AT_LEAST_1,
+    "MODEL.RPN.POSITIVE_FRACTION": _SHARE,
+    "MODEL.RPN.IOU_THRESHOLDS": _SHARE,
+    "MODEL.RPN.LOSS_WEIGHT": _AT_LEAST_0,
+    "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": _AT_LEAST_0,
+    "MODEL.RPN.NMS_THRESH": _SHARE,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": _AT_LEAST_1,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": _AT_LEAST_1,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": _AT_LEAST_1,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": _AT_LEAST_1,
+    "MODEL.ROI_HEADS.NUM_CLASSES": _AT_LEAST_1,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": _AT_LEAST_1,
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": _SHARE,
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS": _SHARE,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": _SHARE,
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": _SHARE,
+    "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": _SHARE,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": _AT_LEAST_0,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": _AT_LEAST_0,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": _AT_LEAST_1,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": _AT_LEAST_1,
+    "MODEL.RETINANET.IOU_THRESHOLDS": _SHARE,
+    "MODEL.FCOS.CENTER_SAMPLING_RADIUS": _AT_LEAST_0,
+    **{
+        f"MODEL.{detector}.{key}": interval
+        for detector in ("RETINANET", "FCOS")
+        for key, interval in {
+            "NUM_CLASSES": _AT_LEAST_1,
+            "NUM_CONVS": _AT_LEAST_0,
+            "SCORE_THRESH_TEST": _SHARE,
+            "NMS_THRESH_TEST": _SHARE,
+            "TOPK_CANDIDATES_TEST": _AT_LEAST_1,
+        }.items()
+    },
+}
+_BALANCE = {
+    "BALANCE.COUNT_IMAGES": _AT_LEAST_1,
+    "BALANCE.GRADIENT_FIGURE_PERIOD": _AT_LEAST_1,
+    "BALANCE.DENSE.ROWS_PER_IMAGE": _AT_LEAST_1,
+    "BALANCE.DENSE.POSITIVE_FRACTION": _SHARE,
+    **{
+        f"BALANCE.{part}.{key}": interval
+        for part in ("DENSE", "RPN", "ROI_HEADS")
+        for key, interval in {
+            "CLASSIFICATION_WEIGHT": _AT_LEAST_0,
+            "BOX_WEIGHT": _AT_LEAST_0,
+            "PRIOR_PROB": "(0, 1)",
+            "GUIDED_FACTOR": _ABOVE_0,
+        }.items()
+    },
+}
+RANGES = {**_SOLVER, **_DATA, **_MODEL, **_BALANCE}
+# Where None is off, messages say so.
+_CAN_BE_OFF = {"BALANCE.COUNT_IMAGES": "for all", "BALANCE.GRADIENT_FIGURE_PERIOD": "for never"}
+
+
+def check_ranges(cfg: CfgNode) -> None:
+    """Refuse a config in which a number lies outside of its interval.
+
+    Raises:
+        InputError: naming the key, its value and the interval.
+    """
+    for key, interval in RANGES.items():
+        value = functools.reduce(dict.__getitem__, key.split("."), cfg)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if number is not None and not inside(number, interval):
+                off = f", or be None {_CAN_BE_OFF[key]}" if key in _CAN_BE_OFF else ""
+                raise InputError(f"{key} is {value}; it must lie in {interval}{off}.")
+
+
+def inside(number: float, interval: str) -> bool:
+    """Say whether a number lies in an interval like ``"[0, inf)"``; NaN lies in none.
+
+    An infinite number lies in an interval that is closed there: ``"(0, inf]"``.
+    """
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    after = operator.ge if interval[0] == "[" else operator.gt
+    before = operator.le if interval[-1] == "]" else operator.lt
+    return _is_number(number) and after(number, low) and before(number, high)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not math.isnan(value)

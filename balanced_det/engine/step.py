@@ -1,0 +1,247 @@
+"""One training step: forward, backward and update, of which nothing happens when a number is bad.
+
+Detectron2's two step classes in one, with what they lack: bfloat16, gradient accumulation, random
+numbers that depend on the iteration alone, and a look at every loss and gradient before anything is
+kept of it.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from torch import nn
+
+from ..distributed import num_workers, sum_over_workers
+from ..errors import InputError, NonFiniteError, printable
+from ..seeds import derived_seed, seed_generators
+
+logger = logging.getLogger(__name__)
+
+# The stream of random numbers of the steps; those of the images are in balanced_det.data.loader.
+_STEP_STREAM = 3
+_AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class TrainStep(SimpleTrainer):
+    """Detectron2's ``SimpleTrainer`` and ``AMPTrainer``, with every number looked at.
+
+    A step in which a loss, a gradient or a weight is not finite changes nothing: neither weights
+    nor optimizer, nor any buffer of the model, in which statistics are kept. It raises, or, up to a
+    limit, is skipped.
+
+    Args:
+        model, data_loader, optimizer: as in Detectron2.
+        seed: of the run. The generators are seeded by (seed, worker, iteration) before each step.
+        dtype: None for float32, or what autocast computes in. float16 scales its gradients; their
+            overflow is a skipped step of the scaler, as ever, and no error.
+        accumulate: batches a step; its gradient is their mean.
+        max_skipped, max_skipped_images: how many steps of a run may be skipped, and how many broken
+            images of a worker replaced.
+
+    Attributes:
+        skipped_steps, skipped_images: how many were, in the whole run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        accumulate: int = 1,
+        max_skipped: int = 0,
+        max_skipped_images: int = 0,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self.seed = seed
+        self.dtype = dtype
+        self.accumulate = accumulate
+        self.max_skipped = max_skipped
+        self.max_skipped_images = max_skipped_images
+        self.skipped_steps = self.skipped_images = 0
+        self.device_type = next(model.parameters()).device.type
+        self.grad_scaler = torch.amp.GradScaler(
+            self.device_type, enabled=dtype == torch.float16 and self.device_type != "cpu"
+        )
+        self._buffers = list(model.buffers())
+        self._saved_buffers = [torch.empty_like(b) for b in self._buffers]
+
+    def run_step(self):
+        """Train on the next ``accumulate`` batches."""
+        assert self.model.training, "the model was switched to evaluation"
+        start = time.perf_counter()
+        batches = [next(self._data_loader_iter) for _ in range(self.accumulate)]
+        data_time = time.perf_counter() - start
+        self._count_skipped_images(batches)
+
+        # After the data, whose loader may draw from the generators of this process.
+        seed_generators(derived_seed(self.seed, _STEP_STREAM, comm.get_rank(), self.iter))
+        self._keep_buffers()
+        self.optimizer.zero_grad()
+        losses = self._backward(batches)
+        self.after_backward()
+        self.grad_scaler.unscale_(self.optimizer)
+        # The scaler itself skips a step whose gradients overflow, and lowers its factor.
+        may_overflow = self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > 1
+        if self._is_bad(losses, check_gradients=not may_overflow):
+            self._refuse(losses, batches)
+            return
+        self._write_metrics(losses, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _backward(self, batches: list[list[dict]]) -> dict[str, torch.Tensor]:
+        """Add the gradients of all batches; return the mean of each loss."""
+        means: dict[str, torch.Tensor] = {}
+        for number, batch in enumerate(batches, 1):
+            # Gradients of several workers are averaged once, with the last batch.
+            local = number < len(batches) and hasattr(self.model, "no_sync")
+            with self.model.no_sync() if local else contextlib.nullcontext():
+                with torch.autocast(
+                    self.device_type, dtype=self.dtype, enabled=self.dtype is not None
+                ):
+                    losses = self.model(batch)
+                if isinstance(losses, torch.Tensor):
+                    losses = {"total_loss": losses}
+                total = sum(losses.values()) / len(batches)
+                self.grad_scaler.scale(total).backward()
+            for name, loss in losses.items():
+                share = loss.detach() / len(batches)
+                means[name] = means[name] + share if name in means else share
+        return means
+
+    # --- Bad numbers ------------------------------------------------------------------------------
+
+    def _keep_buffers(self):
+        # Two launches on a device, however many buffers there are.
+        torch._foreach_copy_(self._saved_buffers, self._buffers)
+
+    def _is_bad(self, losses: Mapping[str, torch.Tensor], check_gradients: bool) -> bool:
+        """Return whether a loss or gradient of any worker is not finite; waits for the device."""
+        numbers = list(losses.values())
+        if check_gradients:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            # The largest element, not a sum of squares, which may overflow where nothing is bad.
+            numbers += torch._foreach_norm(gradients, float("inf")) if gradients else []
+        bad = ~torch.stack([n.float() for n in numbers]).isfinite().all()
+        return bool(sum_over_workers(bad.float()).item())
+
+    def _refuse(self, losses: Mapping[str, torch.Tensor], batches: list[list[dict]]):
+        """Undo the step; raise, unless it may be skipped."""
+        weights, others = self._culprits(losses)
+        found = [f"{'; '.join([*weights, *others])} ({_image_names(batches)})"]
+        if num_workers() > 1:
+            found = [
+                text for text in comm.all_gather(found[0] if weights or others else "") if text
+            ]
+        torch._foreach_copy_(self._buffers, self._saved_buffers)
+        self.optimizer.zero_grad()
+        self.skipped_steps += 1
+        message = f"Iteration {self.iter}: not finite: {'; '.join(found)}"
+        if weights or self.skipped_steps > self.max_skipped:
+            raise NonFiniteError(
+                f"{message}; nothing of this step was kept. Try a smaller SOLVER.BASE_LR or "
+                "SOLVER.CLIP_GRADIENTS, or let BALANCE.SKIP_BAD_STEPS steps be skipped."
+            )
+        logger.warning(
+            "%s; skipped, %d of the %d steps that BALANCE.SKIP_BAD_STEPS allows.",
+            printable(message),
+            self.skipped_steps,
+            self.max_skipped,
+        )
+
+    def _culprits(self, losses: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str]]:
+        """Name what is not finite on this worker: weights, and losses or else gradients."""
+        named = [*self.model.named_parameters()]
+        weights = _first([f"weight {name}" for name, p in named if not p.isfinite().all()])
+        others = [
+            f"{name} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite()
+        ]
+        if not others and not weights:
+            others = _first(
+                [
+                    f"gradient of {name}"
+                    for name, p in named
+                    if p.grad is not None and not p.grad.isfinite().all()
+                ]
+            )
+        return weights, others
+
+    def _count_skipped_images(self, batches: list[list[dict]]):
+        for reason in (
+            r for batch in batches for image in batch for r in image.get("skipped_images", ())
+        ):
+            self.skipped_images += 1
+            message = f"Iteration {self.iter}: {reason}"
+            if self.skipped_images > self.max_skipped_images:
+                raise InputError(
+                    f"{message}; BALANCE.SKIP_BROKEN_IMAGES allows {self.max_skipped_images} of it."
+                )
+            logger.warning(
+                "%s; another image takes its place, %d of the %d that BALANCE.SKIP_BROKEN_IMAGES "
+                "allows.",
+                message,
+                self.skipped_images,
+                self.max_skipped_images,
+            )
+
+    # --- Restart ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """Return what a later run needs to go on as if this one had."""
+        state = super().state_dict()
+        if self.grad_scaler.is_enabled():
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        names = ("seed", "skipped_steps", "skipped_images")
+        return {**state, **{name: getattr(self, name) for name in names}}
+
+    def load_state_dict(self, state_dict: dict):
+        """Go on after the iteration that ``state_dict`` is of."""
+        super().load_state_dict(state_dict)
+        if self.grad_scaler.is_enabled() and "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self.seed = state_dict.get("seed", self.seed)
+        self.skipped_steps = state_dict.get("skipped_steps", 0)
+        self.skipped_images = state_dict.get("skipped_images", 0)
+        self.data_loader.seed = self.seed
+        self.data_loader.start = (self.iter + 1) * self.accumulate
+
+
+def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """Return what ``SOLVER.AMP`` and ``BALANCE.AMP_DTYPE`` ask autocast to compute in, or None.
+
+    Raises:
+        InputError: an unknown type, or float16 on CPU, which has no gradient scaling.
+    """
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    name = cfg.BALANCE.AMP_DTYPE
+    if name not in _AMP_DTYPES:
+        raise InputError(f"BALANCE.AMP_DTYPE is {name!r}; known are: {', '.join(_AMP_DTYPES)}.")
+    if name == "float16" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        raise InputError(
+            "SOLVER.AMP.ENABLED with float16 needs a GPU: set BALANCE.AMP_DTYPE to 'bfloat16', or "
+            "SOLVER.AMP.ENABLED to False."
+        )
+    return _AMP_DTYPES[name]
+
+
+def _first(names: list[str], count: int = 3) -> list[str]:
+    rest = len(names) - count
+    return names if rest <= 0 else [*names[:count], f"{rest} more"]
+
+
+def _image_names(batches: list[list[dict]]) -> str:
+    names = [
+        f"{image.get('image_id', '?')} '{image.get('file_name', '')}'"
+        for batch in batches
+        for image in batch
+    ]
+    return f"images {', '.join(names)}"

@@ -1,0 +1,96 @@
+"""A folded backbone computes and learns what Detectron2's does, to rounding."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from models import DETECTORS, config
+
+from balanced_det.detectors.folding import FoldedConv2d, fold_frozen_norms
+
+BOTTLENECKS = {"MODEL.RESNETS.DEPTH": 50, "MODEL.RESNETS.RES2_OUT_CHANNELS": 256}
+
+
+def normalized_backbone(*keys):
+    """A ResNet-50-FPN whose frozen normalization is none of the identity."""
+    torch.manual_seed(0)
+    backbone = build_model(config(DETECTORS["faster"], BOTTLENECKS, *keys)).backbone
+    randomize(backbone)
+    return backbone
+
+
+def randomize(module):
+    for norm in module.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            norm.weight.uniform_(0.2, 0.6)
+            norm.running_var.uniform_(0.5, 2)
+            norm.running_mean.normal_()
+            norm.bias.normal_()
+
+
+def output(backbone, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return backbone(torch.randn(2, 3, 96, 128, generator=generator))
+
+
+def assert_equal(ours, theirs):
+    for name, expected in theirs.items():
+        # The products of 53 layers are rounded in another order; of 1e-7 each that is 4e-7 at
+        # random, and five times as much at worst.
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(ours[name], expected, rtol=0, atol=2e-6 * scale)
+
+
+def test_outputs_and_gradients_are_those_of_the_layers_apart():
+    stock = normalized_backbone()
+    folded = fold_frozen_norms(copy.deepcopy(stock))
+    assert sum(isinstance(m, FoldedConv2d) for m in folded.modules()) == 53
+    assert_equal(output(folded), output(stock))
+    gradients = []
+    for backbone in (folded, stock):
+        sum(x.square().sum() for x in output(backbone).values()).backward()
+        gradients.append({n: p.grad for n, p in backbone.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[1].items():
+        # Gradients come back through as many layers.
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(gradients[0][name], expected, rtol=0, atol=1e-5 * scale)
+
+
+def test_checkpoints_fit_both_ways_and_take_effect():
+    stock, other = normalized_backbone(), normalized_backbone()
+    randomize(other)
+    folded = fold_frozen_norms(copy.deepcopy(stock))
+    output(folded)  # what is kept from here on must not outlive the next line
+    folded.load_state_dict(other.state_dict())
+    assert_equal(output(folded), output(other))
+    stock.load_state_dict(folded.state_dict())
+    assert_equal(output(stock), output(other))
+
+
+def test_normalization_that_learns_stays_as_it_is():
+    backbone = fold_frozen_norms(normalized_backbone({"MODEL.RESNETS.NORM": "BN"}))
+    # The frozen stem and first stage have frozen normalization whatever the others have.
+    assert sum(isinstance(m, FoldedConv2d) for m in backbone.modules()) == 11
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in backbone.modules()) == 42
+
+
+@torch.no_grad()
+def test_what_inference_mode_computes_can_be_trained_with():
+    backbone = fold_frozen_norms(normalized_backbone())
+    with torch.inference_mode():
+        output(backbone)
+    with torch.enable_grad():
+        sum(x.sum() for x in output(backbone).values()).backward()
+
+
+@pytest.mark.parametrize("name", ["faster", "retinanet"])
+def test_every_layout_in_memory_computes_the_same(name):
+    torch.manual_seed(0)
+    model = build_model(config(DETECTORS[name]))
+    randomize(model)
+    expected = output(model.backbone)
+    last = fold_frozen_norms(model).backbone.to(memory_format=torch.channels_last)
+    assert_equal(output(last), expected)

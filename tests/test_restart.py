@@ -1,0 +1,162 @@
+"""A run that is killed and resumed ends as one that was not, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from balanced_det.data import shapes
+
+ROOT = Path(__file__).parents[1]
+CLASSES = 6
+ITERATIONS = 12
+
+# Small enough for seconds; every loss keeps a state, and so does the sampler of the images.
+COMMON = {
+    "INPUT.MIN_SIZE_TRAIN": "(48,64)",
+    "INPUT.MIN_SIZE_TEST": 64,
+    "INPUT.CROP.ENABLED": True,
+    "MODEL.DEVICE": "cpu",
+    "MODEL.FPN.OUT_CHANNELS": 64,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": ITERATIONS,
+    "SOLVER.STEPS": "(9,)",
+    "SOLVER.CHECKPOINT_PERIOD": 3,
+    "DATALOADER.NUM_WORKERS": 1,
+    "DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler",
+    "DATALOADER.REPEAT_THRESHOLD": 0.5,
+    # An evaluation draws random numbers of its own in between.
+    "TEST.EVAL_PERIOD": 4,
+}
+DETECTORS = {
+    "dense": (
+        "configs/Base-shapes-RetinaNet.yaml",
+        {
+            "MODEL.RETINANET.NUM_CLASSES": CLASSES,
+            "BALANCE.DENSE.CLASSIFICATION_LOSS": "GHMClassificationLoss",
+            "BALANCE.DENSE.BOX_LOSS": "GHMRegressionLoss",
+            "BALANCE.DENSE.SCORE_THRESHOLD": "class_adaptive",
+        },
+    ),
+    "two_stage": (
+        "configs/quickstart_softmax.yaml",
+        {
+            "MODEL.ROI_HEADS.NUM_CLASSES": CLASSES,
+            "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+            "BALANCE.RPN.CLASSIFICATION_LOSS": "GHMClassificationLoss",
+            "BALANCE.ROI_HEADS.CLASSIFICATION_LOSS": "SoftmaxEqualizationLoss",
+            "BALANCE.ROI_HEADS.SAMPLER": "IoUBalancedSampler",
+            "BALANCE.ROI_HEADS.SCORE_THRESHOLD": "class_adaptive",
+            "BALANCE.SoftmaxEqualizationLoss.TAIL_SHARE": 0.5,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return shapes.generate(
+        tmp_path_factory.mktemp("data") / "shapes", classes=CLASSES, train=30, val=4, size=64
+    )
+
+
+def options(data, out, detector, **changes):
+    sets = [[str(p), str(p), str(data.image_root)] for p in (data.train_json, data.val_json)]
+    keys = {
+        "BALANCE.DATASETS": sets,
+        "DATASETS.TRAIN": (sets[0][0],),
+        "DATASETS.TEST": (sets[1][0],),
+        **COMMON,
+        **DETECTORS[detector][1],
+        "OUTPUT_DIR": str(out),
+        **changes,
+    }
+    return [str(text) for pair in keys.items() for text in pair]
+
+
+def command(data, out, detector, *flags, **changes):
+    return [
+        sys.executable,
+        "train_net.py",
+        "--config-file",
+        DETECTORS[detector][0],
+        *flags,
+        *options(data, out, detector, **changes),
+    ]
+
+
+def run(*arguments, **changes):
+    done = subprocess.run(command(*arguments, **changes), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def kill_at(iteration, data, out, detector, *flags):
+    """Start a run and kill it, at once and hard, when its log says that it reached an iteration."""
+    # The period of Detectron2's writers is 20 iterations; checkpoints are told at once.
+    done = out / f"model_{iteration:07d}.pth"
+    process = subprocess.Popen(
+        command(data, out, detector, *flags),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not done.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def tensors(value, name=""):
+    """Yield (name, tensor or number) of everything in a checkpoint."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from tensors(part, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from tensors(part, f"{name}.{index}")
+    else:
+        yield name, value
+
+
+def differing(first, second):
+    first, second = (dict(tensors(torch.load(path))) for path in (first, second))
+    assert first.keys() == second.keys()
+    return {
+        name
+        for name, value in first.items()
+        if not (
+            torch.equal(value, second[name])
+            if isinstance(value, torch.Tensor)
+            else value == second[name]
+        )
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_run_killed_twice_and_resumed_ends_as_the_uninterrupted_one(data, tmp_path, detector):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(data, whole, detector, SEED=3)
+    kill_at(2, data, killed, detector, "SEED", "3")
+    kill_at(8, data, killed, detector, "--resume", "SEED", "3")
+    # Another number of loading processes, too, must change nothing.
+    run(data, killed, detector, "--resume", SEED=3, **{"DATALOADER.NUM_WORKERS": 0})
+    assert differing(whole / "model_final.pth", killed / "model_final.pth") == set()
+
+
+@pytest.mark.slow
+def test_run_without_a_seed_goes_on_with_the_random_numbers_it_began_with(data, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(data, whole, "dense")
+    resumed.mkdir()
+    (resumed / "model_0000005.pth").write_bytes((whole / "model_0000005.pth").read_bytes())
+    run(data, resumed, "dense", "--resume")
+    assert differing(whole / "model_final.pth", resumed / "model_final.pth") == set()
