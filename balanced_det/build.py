@@ -16,6 +16,7 @@ from .data.registration import training_statistics
 from .errors import InputError
 from .losses import GradientDensity
 from .parts import PARTS, Part
+from .priors import class_weights
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,9 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
         options.update(guided=True, guided_factor=node.GUIDED_FACTOR)
     else:
         options["classification_weight"] = node.CLASSIFICATION_WEIGHT * classification_weight
-    return Criterion(loss, _build_method(cfg, part, "BOX_LOSS"), **options)
+    calibration = _build_calibration(cfg, part, loss)
+    box_loss = _build_method(cfg, part, "BOX_LOSS")
+    return Criterion(loss, box_loss, calibration=calibration, **options)
 
 
 def initial_prior(cfg, part) -> float | None:
@@ -162,16 +165,58 @@ def _build_classification_loss(cfg, part, num_classes):
     name = cfg.BALANCE[part.name].CLASSIFICATION_LOSS
     method = SLOTS["CLASSIFICATION_LOSS"].get(name, key)
     if part.name in method.refused_on:
-        raise InputError(f"{key}: '{name}': {method.refused_on[part.name]}.")
+        raise InputError(f"{key}: '{name}' is refused here: {method.refused_on[part.name]}.")
     if method.needs and not part.has_classes:
         raise InputError(f"{key}: '{name}' weighs classes by frequency; objectness has none.")
     loss = _build_method(cfg, part, "CLASSIFICATION_LOSS", num_classes=num_classes)
     if not part.has_classes and loss.num_logits != 1:
-        raise InputError(f"{key}: '{name}' is a softmax loss; RPN predicts one logit an anchor.")
-    sampler = SLOTS["SAMPLER"].get(cfg.BALANCE[part.name].SAMPLER, f"BALANCE.{part.name}.SAMPLER")
-    if part.name == "ROI_HEADS" and loss.sampled_rows_warning and not sampler.takes_all:
-        logger.warning("%s: '%s': %s.", key, name, loss.sampled_rows_warning)
+        raise InputError(
+            f"{key}: '{name}' has {loss.num_logits} logits; RPN predicts one logit an anchor."
+        )
+    if part.has_classes:
+        _weigh_classes(cfg, part, loss)
+    sampler = cfg.BALANCE[part.name].SAMPLER
+    takes_all = SLOTS["SAMPLER"].get(sampler, f"BALANCE.{part.name}.SAMPLER").takes_all
+    if part.name == "ROI_HEADS" and loss.sampled_rows_warning and not takes_all:
+        logger.warning(
+            "%s: '%s' %s. Use it in BALANCE.RPN or BALANCE.DENSE, or set "
+            "BALANCE.ROI_HEADS.SAMPLER, which is '%s', to 'AllSampler'.",
+            key,
+            name,
+            loss.sampled_rows_warning,
+            sampler,
+        )
     return loss
+
+
+def _weigh_classes(cfg, part, loss):
+    keys = cfg.BALANCE[part.name]
+    weights = keys.CLASS_WEIGHTS
+    if weights is None:
+        return
+    try:
+        if isinstance(weights, str):
+            method = "inverse" if weights == "auto" else weights
+            counts = counted_statistic(cfg, "class_counts")
+            # Also without counts, so that a wrong name is found.
+            weights = class_weights(
+                [1] if counts is None else counts, method, keys.CLASS_WEIGHT_STRENGTH
+            )
+            weights = None if counts is None else weights
+        loss.weigh_classes(weights)
+    except InputError as error:
+        raise InputError(f"BALANCE.{part.name}.CLASS_WEIGHTS: {error}") from None
+
+
+def _build_calibration(cfg, part, loss):
+    if not part.has_classes or cfg.BALANCE[part.name].SCORE_CALIBRATION is None:
+        return None
+    calibration = _build_method(cfg, part, "SCORE_CALIBRATION", num_classes=loss.num_classes)
+    try:
+        calibration.check(loss)
+    except InputError as error:
+        raise InputError(f"BALANCE.{part.name}.SCORE_CALIBRATION: {error}") from None
+    return calibration
 
 
 def _build_method(cfg, part, slot, **given):

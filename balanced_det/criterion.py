@@ -1,83 +1,123 @@
-"""What a detector asks for its losses: classification + box + guided scale."""
+"""What a detector asks for its losses: classification + box losses + guided scale."""
 
-from torch import nn
+from collections.abc import Sequence
 
-from .losses import guided_scale
+from torch import Tensor, nn
+
+from .errors import InputError
+from .losses import BoxLoss, ClassificationLoss, guided_scale
+from .losses.base import add
 
 
 class Criterion(nn.Module):
-    """A classification loss and a box loss over the same rows.
+    """A classification loss and one or more box losses over the same rows.
 
     Args:
         classification_loss: a :class:`~balanced_det.losses.ClassificationLoss`.
-        box_loss: a :class:`~balanced_det.losses.BoxLoss`.
-        classification_weight, box_weight: constants that multiply the two losses.
+        box_loss: a :class:`~balanced_det.losses.BoxLoss`, or a list of them, which are added.
+        classification_weight: constant that multiplies the classification loss.
+        box_weight: constant that multiplies the box losses, or a list of one for each.
         guided: scale the classification loss to the size of the box loss (arXiv 1909.04868,
             section 3.3); the box loss then leads the training and the two need no balancing.
         guided_factor: multiplies the classification loss after it is scaled.
+        calibration: a :class:`~balanced_det.calibration.ScoreCalibration` of the scores; None
+            leaves them as they are.
+
+    Attributes:
+        monitored: scalars of the last step that the losses do not show, as detached tensors; the
+            trainer logs them now and then, so that no step waits for the device.
+
+    Raises:
+        InputError: when weights and box losses are not equally many, or the scores of the loss
+            cannot be calibrated so.
     """
 
     def __init__(
         self,
-        classification_loss,
-        box_loss,
+        classification_loss: ClassificationLoss,
+        box_loss: BoxLoss | Sequence[BoxLoss],
         *,
-        classification_weight=1.0,
-        box_weight=1.0,
-        guided=False,
-        guided_factor=1.0,
+        classification_weight: float = 1.0,
+        box_weight: float | Sequence[float] = 1.0,
+        guided: bool = False,
+        guided_factor: float = 1.0,
+        calibration: nn.Module | None = None,
     ):
         super().__init__()
+        box_losses = [box_loss] if isinstance(box_loss, BoxLoss) else list(box_loss)
+        if isinstance(box_weight, (int, float)):
+            box_weight = [box_weight] * len(box_losses)
+        if not box_losses or len(box_weight) != len(box_losses):
+            raise InputError(f"{len(box_losses)} box losses got {len(box_weight)} weights.")
+        if calibration is not None:
+            calibration.check(classification_loss)
         self.classification_loss = classification_loss
-        self.box_loss = box_loss
+        self.box_losses = nn.ModuleList(box_losses)
         self.classification_weight = classification_weight
-        self.box_weight = box_weight
+        self.box_weights = list(box_weight)
         self.guided = guided
         self.guided_factor = guided_factor
-        # Scalars of the last step that the losses do not show, as detached tensors; the trainer
-        # logs them now and then, so that no step waits for the device.
+        self.calibration = calibration
         self.monitored = {}
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         """Number of object classes, K."""
         return self.classification_loss.num_classes
 
     @property
-    def num_logits(self):
-        """Logits a row needs: K, or K + 1 for a softmax loss."""
+    def num_logits(self) -> int:
+        """Logits a row needs: what the classification loss declares."""
         return self.classification_loss.num_logits
 
     @property
-    def scores_rise_with_logits(self):
+    def scores_rise_with_logits(self) -> bool:
         """Whether :meth:`scores` orders any two logits as they are, see ``ClassificationLoss``."""
-        return self.classification_loss.scores_rise_with_logits
+        return self.classification_loss.scores_rise_with_logits and self.calibration is None
 
-    def forward(self, logits, labels, boxes, normalizer, **options):
+    def forward(
+        self,
+        logits: Tensor | Sequence[Tensor],
+        labels: Tensor | Sequence[Tensor],
+        boxes: dict[str, tuple[Tensor, Tensor]],
+        normalizer: float | Tensor,
+        **options,
+    ) -> dict[str, Tensor]:
         """Return ``{"loss_cls": scalar, "loss_box_reg": scalar}``.
 
         Args:
-            logits, labels: rows as the classification loss takes them: (..., num_logits) and (...),
+            logits, labels: rows as the classification loss takes them: (*, num_logits) and (*),
                 or a list of them, one a pyramid level.
-            boxes: (pred, target), (F, 4) each, of the foreground rows, see :meth:`box_pairs`.
-            normalizer: what both sums are divided by, a number or a 0-dim tensor.
+            boxes: what :meth:`box_pairs` makes of the foreground rows.
+            normalizer: what all sums are divided by, a number or a 0-dim tensor.
             options: passed on to the classification loss.
         """
         loss_cls = self.classification_loss(logits, labels, normalizer, **options)
         loss_cls = loss_cls * self.classification_weight
-        loss_box = self.box_loss(*boxes, normalizer) * self.box_weight
+        losses_box = [
+            loss(*boxes[loss.space], normalizer) * weight
+            for loss, weight in zip(self.box_losses, self.box_weights, strict=True)
+        ]
+        loss_box = add(losses_box)
+        self.monitored = {}
+        if len(losses_box) > 1:
+            for loss, value in zip(self.box_losses, losses_box, strict=True):
+                self.monitored[f"loss_box_{type(loss).__name__}"] = value.detach()
         if self.guided:
             scale = guided_scale(loss_cls, loss_box)
-            self.monitored = {"loss_cls_unscaled": loss_cls.detach(), "guided_scale": scale}
+            self.monitored.update(loss_cls_unscaled=loss_cls.detach(), guided_scale=scale)
             loss_cls = loss_cls * (scale * self.guided_factor)
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box}
 
-    def scores(self, logits):
-        """Return the (..., K) probabilities that the classification loss trains for."""
-        return self.classification_loss.scores(logits)
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return the (*, K) probabilities for inference: those trained for, calibrated if asked."""
+        scores = self.classification_loss.scores(logits)
+        return scores if self.calibration is None else self.calibration(scores)
 
-    def box_pairs(self, transform, sources, pred_deltas, gt_boxes):
-        """Bring predictions and ground truth into the space that the box loss compares them in.
+    def box_pairs(
+        self, transform, sources: Tensor, pred_deltas: Tensor, gt_boxes: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Bring predictions and ground truth into the spaces that the box losses compare them in.
 
         Args:
             transform: Detectron2's ``Box2BoxTransform`` of the detector.
@@ -86,9 +126,13 @@ class Criterion(nn.Module):
             gt_boxes: (F, 4) the boxes they are matched to.
 
         Returns:
-            (pred, target), (F, 4) float32 each: deltas or boxes.
+            {"deltas" and "boxes", as far as a loss asks: (pred, target), (F, 4) float32 each}.
         """
         pred_deltas = pred_deltas.float()
-        if self.box_loss.space == "deltas":
-            return pred_deltas, transform.get_deltas(sources, gt_boxes)
-        return transform.apply_deltas(pred_deltas, sources), gt_boxes
+        spaces = {loss.space for loss in self.box_losses}
+        pairs = {}
+        if "deltas" in spaces:
+            pairs["deltas"] = pred_deltas, transform.get_deltas(sources, gt_boxes)
+        if "boxes" in spaces:
+            pairs["boxes"] = transform.apply_deltas(pred_deltas, sources), gt_boxes
+        return pairs

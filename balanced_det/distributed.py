@@ -1,5 +1,6 @@
-"""Sums over the workers of a distributed job; with one process they change nothing."""
+"""What the workers of a distributed job share; with one process nothing changes."""
 
+import torch
 import torch.distributed as dist
 
 
@@ -13,3 +14,14 @@ def sum_over_workers(tensor):
     if num_workers() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def shared_uniform(count, device, shared=True):
+    """Return (count,) random numbers of [0, 1) that are the same on all workers.
+
+    Each worker draws its own, and what they sum to, without its whole part, is uniform again: no
+    worker has to know another's generator. Every worker must call this; with ``shared`` False each
+    keeps its own.
+    """
+    own = torch.rand(count, device=device, dtype=torch.float64)
+    return (sum_over_workers(own) if shared else own) % 1

@@ -72,7 +72,7 @@ class PlotGradients(HookBase):
 def gradient_densities(model):
     """Yield (name, class, density) of every loss of ``model`` that harmonizes gradients.
 
-    The name is that of the module without "criterion": "proposal_generator.box_loss"; it starts
+    The name is that of the module without "criterion": "proposal_generator.box_losses.0"; it starts
     with "dense" where the criterion is the model's own.
     """
     for name, module in model.named_modules():

@@ -6,11 +6,13 @@ every (row, class) element starts at probability p, the summed binary cross entr
     L(p) = -N_f log(p) - (N C - N_f) log(1 - p)
 
 ``optimal_prior`` is the p that minimises L, ``prior_bias`` the bias of the last layer that gives
-it, and ``class_adaptive_thresholds`` the score thresholds of the same paper. All are pure
-functions of counts; counting them over a data set is the detector's business.
+it, and ``class_adaptive_thresholds`` the score thresholds of the same paper. ``class_weights`` are
+the weights by inverse frequency that every loss can take. All are pure functions of counts;
+counting them over a data set is the detector's business.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -81,6 +83,43 @@ def class_adaptive_thresholds(num_foreground, num_samples, class_counts):
             "Class-adaptive thresholds need a list of box counts, none negative and not all zero."
         )
     return (num_foreground / num_samples * (counts / counts.sum())).float()
+
+
+def class_weights(
+    class_counts: Sequence[float] | torch.Tensor, method: str = "inverse", strength: float = 0.5
+) -> torch.Tensor:
+    """Return a weight for every class, larger for rarer ones, of mean 1 over the classes.
+
+    Args:
+        class_counts: n_j, training images (or boxes) of each class, (K,); 0 counts as 1.
+        method: "inverse", w_j ~ n_j^-beta, or "effective_number", w_j ~ (1 - b) / (1 - b^n_j).
+        strength: beta, of which 0.5 and 1 are usual and 0 weighs all alike; or b in [0, 1), usually
+            0.9 to 0.9999, 0 weighing all alike.
+
+    Returns:
+        (K,) float32 tensor.
+
+    Raises:
+        InputError: for counts or a strength that cannot be, or an unknown method.
+
+    Source: the effective number of samples is Eq. 4 of arXiv 1901.05555, which also normalizes so
+    that the weights sum to K.
+    """
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if counts.dim() != 1 or len(counts) == 0 or not (counts.isfinite() & (counts >= 0)).all():
+        raise InputError("Class weights need a list of class counts, none negative.")
+    counts = counts.clamp(min=1)
+    if method == "inverse":
+        if not 0 <= strength < math.inf:
+            raise InputError(f"Class weights by n^-beta need a beta of at least 0, not {strength}.")
+        weights = counts**-strength
+    elif method == "effective_number":
+        if not 0 <= strength < 1:
+            raise InputError(f"The effective number of samples needs b in [0, 1), not {strength}.")
+        weights = (1 - strength) / (1 - strength**counts)
+    else:
+        raise InputError(f"Unknown class weights '{method}'; known are: effective_number, inverse.")
+    return (weights / weights.mean()).float()
 
 
 def _check_counts(num_foreground, num_samples):

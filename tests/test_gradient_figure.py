@@ -56,7 +56,7 @@ def test_every_ghm_loss_is_drawn_every_period(tmp_path):
     }
     train(tmp_path, models.FASTER, ghm)
     names = [
-        "proposal_generator.box_loss",
+        "proposal_generator.box_losses.0",
         "proposal_generator.classification_loss",
         "roi_heads.box_predictor.classification_loss",
     ]
@@ -187,8 +187,8 @@ def test_ghm_on_sampled_rows_of_a_region_head_is_one_warning(loss, sampler, capl
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == (sampler != "AllSampler")
     if messages:
-        assert f"'{loss}': it is known not to work" in messages[0]
-        assert "the sampler has already removed the imbalance" in messages[0]
+        assert f"'{loss}' is known not to work" in messages[0]
+        assert f"SAMPLER, which is '{sampler}', to 'AllSampler'" in messages[0]
 
 
 def test_ghm_elsewhere_is_no_warning(caplog):

@@ -2,44 +2,63 @@
 
 import io
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from balanced_det import losses
 from balanced_det.errors import InputError
 from balanced_det.losses import (
+    BOX_LOSSES,
     CLASSIFICATION_LOSSES,
     EqualizationLoss,
     FocalLoss,
+    SeesawLoss,
+    SigmoidLoss,
     SoftmaxEqualizationLoss,
 )
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 K = 5
 FREQUENCY = [0.5, 0.0, 0.3, 0.001, 0.9]  # classes 1 and 3 are tail at the default threshold
 TAIL = torch.tensor([False, True, False, True, False])
 
-# What each constructor needs besides num_classes. SEQL draws nothing at probability 1.
-REQUIRED = {
-    "EqualizationLoss": {"class_frequency": FREQUENCY},
-    "SoftmaxEqualizationLoss": {"class_frequency": FREQUENCY, "drop_probability": 1.0},
-}
-# Settings under which a method has no effect.
-NEUTRAL = {
-    "BinaryCrossEntropyLoss": {},
-    "CrossEntropyLoss": {},
-    "EqualizationLoss": {"tail_threshold": 0.0},
-    "FocalLoss": {"alpha": None, "gamma": 0.0},
-    "GHMClassificationLoss": {"bins": 1},
-    "SoftmaxEqualizationLoss": {"drop_probability": 0.0},
-    "SoftmaxGHMLoss": {"bins": 1},
+# What a loss may declare that it needs.
+STATISTICS = {
+    "class_frequency": torch.tensor(FREQUENCY),
+    "class_counts": torch.tensor([500.0, 0.0, 300.0, 1.0, 900.0]),
 }
 
 each_loss = pytest.mark.parametrize("name", CLASSIFICATION_LOSSES.names())
+LOSSES = dict(CLASSIFICATION_LOSSES)
+each_neutral = pytest.mark.parametrize(
+    "name", [name for name, loss in LOSSES.items() if loss.neutral is not None]
+)
+each_counting = pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if loss.needs])
 
 
-def build(name, **options):
-    return CLASSIFICATION_LOSSES.get(name)(K, **{**REQUIRED.get(name, {}), **options})
+def build(name, num_classes=K, **options):
+    """A loss with statistics of K classes and, unless told otherwise, nothing left to chance."""
+    loss = LOSSES[name]
+    statistics = {need: STATISTICS[need][:num_classes] for need in loss.needs}
+    return loss(num_classes, **{**statistics, **loss.example, **options})
+
+
+def plain_cross_entropies(loss, logits, labels):
+    """The unweighted cross entropy of each row by the definition of its family, from one-hots."""
+    if isinstance(loss, SigmoidLoss):
+        target = F.one_hot(labels, K + 1)[:, : loss.num_logits].to(logits.dtype)
+        terms = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return terms.sum(dim=1)
+    if isinstance(loss, SeesawLoss):
+        is_object = labels < K
+        terms = F.cross_entropy(logits[:, K:], (~is_object).long(), reduction="none")
+        of_class = F.cross_entropy(logits[is_object, :K], labels[is_object], reduction="none")
+        return terms.index_add(0, is_object.nonzero().squeeze(1), of_class)
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def make_rows(loss, num_rows=24, seed=0, dtype=torch.float32):
@@ -50,32 +69,142 @@ def make_rows(loss, num_rows=24, seed=0, dtype=torch.float32):
     return logits.to(dtype), labels
 
 
+def seeded(loss, *batch, **options):
+    """Call a loss; what a method draws is drawn again in each call."""
+    torch.manual_seed(0)
+    return loss(*batch, **options)
+
+
 def loss_and_gradient(loss, logits, labels, normalizer=3.0):
     logits = logits.detach().requires_grad_()
-    value = loss(logits, labels, normalizer)
+    value = seeded(loss, logits, labels, normalizer)
     value.backward()
     return value.detach(), logits.grad
 
 
-@each_loss
+@each_neutral
 def test_neutral_settings_equal_cross_entropy(name):
-    loss = build(name, **NEUTRAL[name])
+    loss = build(name, **LOSSES[name].neutral)
     logits, labels = make_rows(loss, dtype=torch.float64)
     valid = labels >= 0
     x, y = logits[valid].requires_grad_(), labels[valid]
-    if loss.num_logits == K:
-        target = F.one_hot(y, K + 1)[:, :K].double()
-        expected = F.binary_cross_entropy_with_logits(x, target)
-        count = x.numel()
-    else:
-        expected = F.cross_entropy(x, y)
-        count = len(x)
+    # GHM divides by the count of terms itself, so its mean is what all can be compared by.
+    count = x.numel() if isinstance(loss, SigmoidLoss) else len(x)
+    expected = plain_cross_entropies(loss, x, y).sum() / count
     expected.backward()
-    # GHM divides by the count itself, so its mean is what all can be compared by.
     value, gradient = loss_and_gradient(loss, logits, labels, count)
     # Float64 rounding of sums of about 100 terms.
     torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient[valid], x.grad, rtol=1e-12, atol=1e-15)
+
+
+@each_loss
+def test_row_losses_are_the_plain_cross_entropies(name):
+    loss = build(name)
+    logits, labels = make_rows(loss)
+    losses = loss.row_losses(2 * logits.requires_grad_(), labels)
+    assert losses.shape == labels.shape and not losses.requires_grad
+    valid = labels >= 0
+    assert (losses[~valid] == 0).all()
+    expected = plain_cross_entropies(loss, 2 * logits.detach()[valid].double(), labels[valid])
+    # Float32 rounding of sums of numbers up to about 15.
+    torch.testing.assert_close(losses[valid].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@each_loss
+def test_labels_outside_the_contract_are_refused_on_the_cpu(name):
+    loss = build(name)
+    for label in (-2, K + 1):
+        labels = torch.tensor([0, label, K])
+        with pytest.raises(InputError, match=f"{name} got the label {label};"):
+            loss(torch.zeros(3, loss.num_logits), labels, 1)
+
+
+@each_loss
+def test_predicted_class_is_that_of_the_highest_score_or_background(name):
+    loss = build(name)
+    logits, _ = make_rows(loss, num_rows=200)
+    predicted = loss.predicted_class(logits)
+    assert predicted.shape == (200,) and predicted.dtype == torch.long
+    scores = loss.scores(logits)
+    is_object = predicted < K
+    assert 0 < is_object.sum() < 200
+    assert torch.equal(predicted[is_object], scores.argmax(dim=1)[is_object])
+    # Whatever background is, a class that is more likely than not goes before it, and one below
+    # 1 / (K + 1) does not.
+    best = scores.amax(dim=1)
+    assert is_object[best > 0.5].all()
+    assert best[is_object].min() >= 1 / (K + 1)
+
+
+@each_loss
+def test_class_weights_multiply_the_terms_of_a_rows_own_class(name):
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.0, 1.5])
+    weighted = build(name).weigh_classes(weights).eval()
+    logits, labels = make_rows(weighted, dtype=torch.float64)
+    _, gradient = loss_and_gradient(build(name).eval(), logits, labels)
+    _, got = loss_and_gradient(weighted, logits, labels)
+    factor = F.pad(weights.double(), (0, 1), value=1)[labels.clamp(min=0)].unsqueeze(1)
+    if isinstance(weighted, SigmoidLoss):  # y = 1 alone
+        own = F.one_hot(labels.clamp(min=0), K + 1)[:, : weighted.num_logits].bool()
+        factor = torch.where(own, factor, 1.0)
+    elif isinstance(weighted, SeesawLoss):  # which has no class in its objectness
+        factor = torch.cat([factor.expand(-1, K), torch.ones(len(factor), 2)], dim=1)
+    # One more float64 rounding.
+    torch.testing.assert_close(got, gradient * factor, rtol=1e-12, atol=1e-15)
+
+
+@each_loss
+@pytest.mark.parametrize(
+    "weights, message",
+    [([1.0] * 4, "5 classes"), ([-1.0] * 5, "at least 0"), ([math.nan] * 5, "0")],
+)
+def test_impossible_class_weights_are_refused(name, weights, message):
+    with pytest.raises(InputError, match=message):
+        build(name).weigh_classes(weights)
+
+
+@each_loss
+def test_class_weights_come_with_the_checkpoint(name):
+    loss = build(name).weigh_classes([0.5, 2.0, 1.0, 0.0, 1.5])
+    restored = build(name).weigh_classes(None)
+    restored.load_state_dict(loss.state_dict())
+    batch = make_rows(loss)
+    for got, expected in zip(loss_and_gradient(restored, *batch), loss_and_gradient(loss, *batch)):
+        assert torch.equal(got, expected)
+    assert not any("class_weight" in key for key in build(name).state_dict())
+
+
+SATURATED = [0.0, 20.0, -20.0, 90.0, -90.0, 1e4, -1e4, 3e38, -3e38, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [(name, {}) for name in LOSSES] + [("FocalLoss", {"gamma": g}) for g in (0, 0.5, 1.0, 5.0)],
+)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_gradient_is_finite_whatever_the_logits(name, options, device, dtype):
+    for weights in (None, [0.0, 300.0, 1.0, 1.0, 5.0]):
+        loss = build(name, **options)
+        if weights is not None:
+            loss.weigh_classes(weights)
+        loss.to(device)
+        columns = loss.num_logits
+        # Every value in every column, for rows of every label, beside zeros and beside its like.
+        values = torch.tensor(SATURATED).to(dtype)
+        alone = torch.zeros(len(values), columns, columns, dtype=dtype)
+        alone[:, range(columns), range(columns)] = values.unsqueeze(1)
+        alike = values.view(-1, 1, 1).expand(-1, 1, columns)
+        drawn = values[torch.randint(len(values), (len(values), 5, columns))]
+        rows = torch.cat([alone, alike, drawn], dim=1).flatten(0, 1)
+        labels = torch.arange(-1, K + 1)
+        logits = rows.repeat(len(labels), 1).to(device)
+        labels = labels.repeat_interleave(len(rows)).to(device)
+        for _ in range(2):  # the second step has a state
+            _, gradient = loss_and_gradient(loss, logits, labels, 1000.0)
+            assert gradient.isfinite().all()
+            assert (gradient[labels < 0] == 0).all()
 
 
 @each_loss
@@ -127,8 +256,7 @@ def test_extreme_logits_are_finite(name, size):
 
 @each_loss
 def test_one_class_is_enough(name):
-    options = {"class_frequency": [0.5]} if name in REQUIRED else {}
-    loss = CLASSIFICATION_LOSSES.get(name)(1, **options)
+    loss = build(name, num_classes=1)
     logits = torch.zeros(3, loss.num_logits)
     value, gradient = loss_and_gradient(loss, logits, torch.tensor([0, 1, -1]))
     assert value.isfinite() and value > 0
@@ -137,9 +265,11 @@ def test_one_class_is_enough(name):
 
 @each_loss
 def test_gradient_is_the_derivative(name):
-    loss = build(name).eval()  # GHM would count each of gradcheck's evaluations
+    # Seesaw's compensation depends on the logits but has no gradient, by definition.
+    options = {"q": 0.0} if name == "SeesawLoss" else {}
+    loss = build(name, **options).eval()  # GHM would count each of gradcheck's evaluations
     logits, labels = make_rows(loss, num_rows=8, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: loss(x, labels, 3.0), logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: seeded(loss, x, labels, 3.0), logits.requires_grad_())
 
 
 @each_loss
@@ -149,11 +279,13 @@ def test_half_precision_is_summed_in_float32(name):
     features, weight = torch.eye(len(logits)), logits.t().contiguous().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         half = F.linear(features, weight)
-        value = loss(half, labels, 3.0)
+        value = seeded(loss, half, labels, 3.0)
     value.backward()
     assert half.dtype == torch.bfloat16 and value.dtype == torch.float32
     # The same float32 arithmetic on the same numbers; only the order of additions may differ.
-    torch.testing.assert_close(value, loss(half.detach().float(), labels, 3.0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        value, seeded(loss, half.detach().float(), labels, 3.0), rtol=1e-6, atol=0
+    )
     assert weight.grad.isfinite().all() and weight.grad.any()
     assert loss.scores(half).dtype == torch.float32
 
@@ -166,9 +298,8 @@ def test_checkpoint_continues_bit_for_bit(name):
     file = io.BytesIO()
     torch.save(loss.state_dict(), file)
     file.seek(0)
-    # A model that is built to load a checkpoint does not know the class frequencies.
-    unknown = {"class_frequency": None} if name in REQUIRED else {}
-    restored = build(name, **unknown)
+    # A model that is built to load a checkpoint does not know the statistics.
+    restored = build(name, **dict.fromkeys(LOSSES[name].needs))
     restored.load_state_dict(torch.load(file))
     batch = make_rows(loss, seed=2)
     for got, expected in zip(loss_and_gradient(restored, *batch), loss_and_gradient(loss, *batch)):
@@ -189,7 +320,7 @@ def test_levels_in_the_head_layout_equal_concatenated_rows(name):
         torch.cat([x.reshape(-1, channels) for x in levels]),
         torch.cat([y.flatten() for y in labels]),
     )
-    value = loss(levels, labels, 3.0)
+    value = seeded(loss, levels, labels, 3.0)
     value.backward()
     # Levels are summed one by one: another order of float32 additions.
     torch.testing.assert_close(value.detach(), expected, rtol=1e-6, atol=0)
@@ -205,7 +336,7 @@ def test_overwriting_the_logits_changes_neither_loss_nor_gradient(name):
     logits, labels = make_rows(loss)
     expected = loss_and_gradient(build(name), logits, labels)
     leaf = logits.clone().requires_grad_()
-    value = loss(leaf + 0, labels, 3.0, overwrite_logits=True)
+    value = seeded(loss, leaf + 0, labels, 3.0, overwrite_logits=True)
     value.backward()
     assert torch.equal(value.detach(), expected[0])
     assert torch.equal(leaf.grad, expected[1])
@@ -215,10 +346,10 @@ def test_overwriting_the_logits_changes_neither_loss_nor_gradient(name):
 def test_normalizer_may_live_on_the_device(name):
     loss = build(name).eval()
     logits, labels = make_rows(loss)
-    expected = loss(logits, labels, 7)
+    expected = seeded(loss, logits, labels, 7)
     assert expected.dtype == torch.float32
     for normalizer in (torch.tensor(7), torch.tensor(7.0), torch.tensor(7.0).double()):
-        value = loss(logits, labels, normalizer)
+        value = seeded(loss, logits, labels, normalizer)
         assert value.dtype == torch.float32
         # One rounding, of the reciprocal, may differ.
         torch.testing.assert_close(value, expected, rtol=3e-7, atol=0)
@@ -243,12 +374,20 @@ def test_impossible_prior_is_refused(name, prior):
 
 
 @each_loss
-def test_scores_are_the_probabilities_of_object_classes(name):
+def test_scores_are_probabilities_of_object_classes(name):
     loss = build(name)
     logits = torch.randn(2, 3, loss.num_logits)
     scores = loss.scores(logits)
-    expected = logits.sigmoid() if loss.num_logits == K else logits.softmax(-1)[..., :K]
-    assert torch.equal(scores, expected)
+    assert scores.shape == (2, 3, K)
+    assert ((scores > 0) & (scores < 1)).all()
+    if loss.scores_are_a_distribution:
+        assert (scores.sum(dim=-1) < 1).all()
+
+
+def test_scores_of_the_plain_families_are_sigmoid_and_softmax():
+    logits = torch.randn(2, 3, K + 1)
+    assert torch.equal(build("FocalLoss").scores(logits[..., :K]), logits[..., :K].sigmoid())
+    assert torch.equal(build("CrossEntropyLoss").scores(logits), logits.softmax(-1)[..., :K])
 
 
 @each_loss
@@ -348,7 +487,9 @@ def test_softmax_equalization_loss_draws_beta_for_every_row_and_class():
     assert torch.equal(loss_and_gradient(loss, logits, labels)[1], gradient)
 
 
-each_equalization = pytest.mark.parametrize("name", REQUIRED)
+each_equalization = pytest.mark.parametrize(
+    "name", [n for n, loss in LOSSES.items() if "class_frequency" in loss.needs]
+)
 
 
 @each_equalization
@@ -386,12 +527,31 @@ def test_impossible_class_frequency_is_refused(name, frequency, message):
         build(name, class_frequency=frequency)
 
 
-@each_equalization
-def test_training_without_class_frequency_is_refused(name):
-    loss = build(name, class_frequency=None)
-    assert loss.class_frequency.isnan().all()
-    with pytest.raises(InputError, match="class_frequency"):
+@each_counting
+def test_training_without_its_statistic_is_refused(name):
+    (need,) = LOSSES[name].needs
+    loss = build(name, **{need: None})
+    assert getattr(loss, need).isnan().all()
+    with pytest.raises(InputError, match=need):
         loss(*make_rows(loss), 1)
+
+
+@each_counting
+def test_statistic_of_other_classes_is_refused(name):
+    (need,) = LOSSES[name].needs
+    with pytest.raises(InputError, match=f"{need} has shape .*5 classes"):
+        build(name, **{need: [0.1, 0.2]})
+    with pytest.raises(InputError, match=need):
+        build(name, **{need: [-1.0] * K})
+
+
+def test_every_file_of_the_folder_is_imported_and_every_loss_a_name_of_the_package():
+    folder = Path(losses.__file__).parent
+    for path in folder.rglob("*.py"):
+        name = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+        assert name == "__init__" or f"balanced_det.losses.{name}" in sys.modules
+    for name, method in (*CLASSIFICATION_LOSSES, *BOX_LOSSES):
+        assert getattr(losses, name) is method and name in losses.__all__
 
 
 def test_number_of_classes_must_be_positive():

@@ -42,7 +42,9 @@ METHODS = {
     "negative weight": dict(tables="n"),  # EQL
     "background weight": dict(tables="b"),
     "bins": dict(bins=30),  # GHM-C
-    "all": dict(alpha=0.75, gamma=2.0, tables="pnb", bins=7, scale=0.01),
+    "weight": dict(tables="w"),  # federated loss, ECM
+    "gamma a class": dict(alpha=0.25, tables="gw"),  # EFL
+    "all": dict(alpha=0.75, gamma=2.0, tables="wpnb", bins=7, scale=0.01),
 }
 LAYOUTS = [
     "rows",
@@ -104,9 +106,14 @@ def make_labels(mix, shape, num_classes):
 def make_options(method, num_classes):
     """Keyword arguments of sigmoid_loss for a method; tables hold random weights and zeros."""
     options = dict(METHODS[method])
-    names = dict(p="positive_weight", n="negative_weight", b="background_weight")
+    names = dict(
+        w="weight", p="positive_weight", n="negative_weight", b="background_weight", g="gamma"
+    )
     for letter in options.pop("tables", ""):
         options[names[letter]] = torch.rand(num_classes) * (torch.rand(num_classes) > 0.3)
+        if letter == "g":
+            # 0, or beyond 1: in between, autograd's power at a gradient length of 0 is inf.
+            options["gamma"] = torch.where(options["gamma"] > 0, 1 + 3 * options["gamma"], 0.0)
     if "bins" in options:
         options["bin_weight"] = 2 * torch.rand(options.pop("bins"))
     return options
@@ -135,6 +142,7 @@ def one_hot_loss(
     labels,
     alpha=None,
     gamma=0.0,
+    weight=None,
     positive_weight=None,
     negative_weight=None,
     background_weight=None,
@@ -146,12 +154,15 @@ def one_hot_loss(
     num_classes = x.shape[-1]
     y = one_hot(labels, num_classes)
     loss = F.binary_cross_entropy_with_logits(x, y.double(), reduction="none")
+    gamma = gamma.double() if torch.is_tensor(gamma) else gamma
     loss = loss * one_hot_length(x, labels) ** gamma
     if alpha is not None:
         loss = loss * torch.where(y, alpha, 1 - alpha)
     foreground = ((labels >= 0) & (labels < num_classes)).unsqueeze(-1)
     background = (labels == num_classes).unsqueeze(-1)
     one = torch.ones(num_classes)
+    if weight is not None:
+        loss = loss * weight.double()
     for table, where in (
         (positive_weight, y),
         (negative_weight, foreground & ~y),
@@ -251,7 +262,121 @@ def test_equals_one_hot_formulation_over_many_pieces(implementation, monkeypatch
     assert_matches(loss, gradient, *one_hot_loss(logits, labels, **options))
 
 
-@pytest.mark.parametrize("layout", ["rows", "head", "head, channels last", "transposed"])
+def assert_sums_match(device, logits, labels, **options):
+    """Loss, gradient and sums of one call, with a gradient and without, against float64."""
+    arguments = {k: v.to(device) if torch.is_tensor(v) else v for k, v in options.items()}
+    x = to_device(logits.detach(), device).requires_grad_()
+    loss, sums = ops.sigmoid_loss(x, labels.to(device), gradient_sums=True, **arguments)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert_matches(loss.detach(), gradient, *one_hot_loss(logits, labels, **options))
+    assert sums.dtype == torch.float64 and not sums.requires_grad
+    _, exact = one_hot_loss(logits, labels, **{**options, "scale": 1.0})
+    own = one_hot(labels, logits.shape[-1])
+    expected = [exact.abs().where(mask, 0.0).flatten(0, -2).sum(dim=0) for mask in (own, ~own)]
+    # Sums of positive float32 numbers, added in float32 in the kernel's lanes.
+    torch.testing.assert_close(sums.cpu(), torch.stack(expected), rtol=FLOAT32, atol=TINY)
+    with torch.no_grad():
+        again = ops.sigmoid_loss(x, labels.to(device), gradient_sums=True, **arguments)
+    assert torch.equal(again[0], loss) and torch.equal(again[1], sums)
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    method=st.sampled_from(list(METHODS)),
+    layout=st.sampled_from(LAYOUTS),
+    mix=st.sampled_from(LABELS),
+    rows=st.integers(0, 9),
+    num_classes=st.integers(1, 19),
+    seed=st.integers(0, 1000),
+)
+def test_gradient_sums_equal_one_hot_formulation(
+    implementation, method, layout, mix, rows, num_classes, seed
+):
+    torch.manual_seed(seed)
+    logits = make_logits(layout, rows, num_classes)
+    labels = make_labels(mix, logits.shape[:-1], num_classes)
+    options = make_options(method, num_classes)
+    if "bin_weight" in options:
+        logits = off_the_edges(logits, labels, len(options["bin_weight"]))
+    assert_sums_match(implementation, logits, labels, **options)
+
+
+@pytest.mark.parametrize("num_classes", [1, 16, 41, 1025])
+@pytest.mark.parametrize("layout", ["rows", "transposed", "head", "head, cropped"])
+def test_gradient_sums_over_many_steps_and_programs(implementation, layout, num_classes):
+    # More elements than all programs of the interpreter take in one step, and a class number that
+    # shares no factor with their block, some, and all.
+    torch.manual_seed(0)
+    rows = max(20_000 // num_classes, 20)
+    logits = make_logits(layout, rows // 10 if "head" in layout else rows, num_classes)
+    labels = make_labels("mixed", logits.shape[:-1], num_classes)
+    options = make_options("gamma a class", num_classes)
+    assert_sums_match(implementation, logits, labels, **options)
+
+
+def test_gradient_sums_come_with_overwritten_logits(implementation):
+    torch.manual_seed(0)
+    logits, labels = make_logits("head", 4, 6), make_labels("mixed", (2, 4, 5, 3), 6)
+    plain = ops.sigmoid_loss(
+        logits.to(implementation), labels.to(implementation), gamma=2.0, gradient_sums=True
+    )
+    leaf = logits.to(implementation).requires_grad_()
+    loss, sums = ops.sigmoid_loss(
+        leaf + 0, labels.to(implementation), gamma=2.0, overwrite_logits=True, gradient_sums=True
+    )
+    loss.backward()
+    assert torch.equal(loss, plain[0]) and torch.equal(sums, plain[1])
+    _, expected = one_hot_loss(logits, labels, gamma=2.0)
+    assert_matches(loss.detach(), leaf.grad, one_hot_loss(logits, labels, gamma=2.0)[0], expected)
+
+
+SATURATED = [0.0, 20.0, -20.0, 90.0, -90.0, 1e4, -1e4, 3e38, -3e38, float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("a_class", [False, True])
+def test_every_gradient_is_finite_whatever_the_logits(implementation, dtype, gamma, a_class):
+    values = torch.tensor(SATURATED).to(dtype)
+    logits = torch.stack([values, values.flip(0), torch.zeros_like(values)], dim=1).repeat(5, 1)
+    labels = torch.arange(-1, 4).repeat_interleave(len(values))
+    options = {"gamma": torch.full((3,), gamma) if a_class else gamma, "alpha": 0.25}
+    for name in ("weight", "positive_weight", "negative_weight", "background_weight"):
+        for table in (torch.zeros(3), torch.full((3,), 10.0)):
+            loss, gradient, _ = run(implementation, logits, labels, **options, **{name: table})
+            assert gradient.isfinite().all()
+            assert not loss.isnan()
+            assert (gradient[: len(values)] == 0).all()
+    with torch.no_grad():
+        _, sums = ops.sigmoid_loss(
+            logits.to(implementation),
+            labels.to(implementation),
+            gamma=options["gamma"].to(implementation) if a_class else gamma,
+            gradient_sums=True,
+        )
+    assert sums.isfinite().all()
+
+
+def test_nan_logits_are_not_hidden(implementation):
+    logits = torch.tensor([[float("nan"), 0.0]])
+    for gamma in (0.0, 0.5, 1.0, 2.0, torch.ones(2)):
+        loss, gradient, _ = run(implementation, logits, torch.tensor([2]), gamma=gamma)
+        assert loss.isnan() and gradient[0, 0].isnan() and gradient[0, 1].isfinite()
+
+
+@pytest.mark.parametrize("layout", ["rows", "head, cropped"])
+def test_64_bit_counting_changes_no_sums(implementation, wide_kernels, layout):
+    torch.manual_seed(0)
+    logits = make_logits(layout, 40, 37)
+    labels = make_labels("mixed", logits.shape[:-1], 37)
+    assert_sums_match(implementation, logits, labels, alpha=0.25, gamma=2.0)
+
+
+@pytest.mark.parametrize("layout", ["rows", "head, channels last", "transposed", "head"])
 def test_gradient_lies_in_memory_as_the_logits_do(implementation, layout):
     logits = make_logits(layout, 4, 6)
     _, gradient, x = run(implementation, logits, make_labels("mixed", logits.shape[:-1], 6))
@@ -509,6 +634,8 @@ def test_reference_allocates_one_gradient_and_pieces():
         (dict(labels=torch.zeros(4)), "labels must be integers"),
         (dict(alpha=1.5), "alpha"),
         (dict(gamma=-1.0), "gamma"),
+        (dict(gamma=torch.ones(4)), r"gamma must have the shape \(3,\)"),
+        (dict(weight=torch.ones(4)), r"weight must have the shape \(3,\)"),
         (dict(positive_weight=torch.ones(4)), r"positive_weight must have the shape \(3,\)"),
         (dict(negative_weight=torch.ones(1, 3)), "negative_weight"),
         (dict(background_weight=torch.ones(2)), "background_weight"),

@@ -11,6 +11,7 @@ The default of every slot reproduces Detectron2's own detector. ``None`` is off,
 
 from detectron2.config import CfgNode
 
+from ..calibration import SCORE_CALIBRATIONS
 from ..errors import InputError
 from ..losses import BOX_LOSSES, CLASSIFICATION_LOSSES
 from ..parts import PARTS, Part
@@ -26,6 +27,7 @@ SLOTS = {
     "BOX_LOSS": BOX_LOSSES,
     "SAMPLER": SAMPLERS,
     "SCORE_THRESHOLD": SCORE_THRESHOLDS,
+    "SCORE_CALIBRATION": SCORE_CALIBRATIONS,
 }
 PYRAMID_BUILDER = "build_balanced_pyramid_backbone"
 
@@ -152,6 +154,8 @@ def _slot_defaults(part: Part):
     if part.has_classes:
         # RPN ranks its boxes, and drops none by score.
         slots["SCORE_THRESHOLD"] = "FixedThreshold"
+        # How scores are corrected at test time; None leaves them as the loss trains them.
+        slots["SCORE_CALIBRATION"] = None
     return slots
 
 
@@ -170,6 +174,12 @@ def _part_keys(part: Part):
         "GUIDED_LOSS": False,
         "GUIDED_FACTOR": 1.0,
     }
+    if part.has_classes:
+        # How many times a row of each class counts: None, a list of K weights, "auto" (n^-STRENGTH
+        # of the training images n that hold the class, of mean 1) or "effective_number" (arXiv
+        # 1901.05555, with b = STRENGTH).
+        keys["CLASS_WEIGHTS"] = None
+        keys["CLASS_WEIGHT_STRENGTH"] = 0.5
     if part.counts_rows:
         # Count the optimal prior p* = N_f / (N C) over the training set, and start with that
         # instead of PRIOR_PROB (arXiv 1909.04868, section 3.2).

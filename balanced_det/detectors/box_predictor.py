@@ -79,7 +79,9 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         """
         logits, deltas = predictions
         if not proposals:
-            return self.criterion(logits, logits.new_zeros(0).long(), (deltas, deltas), 1)
+            none = deltas[:0, :4]
+            boxes = self.criterion.box_pairs(self.box2box_transform, none, none, none)
+            return self.criterion(logits[:0], logits.new_zeros(0).long(), boxes, 1)
         labels = self._labels(logits, proposals)  # (T,)
         rows = Rows(labels, self.num_classes)
         self.score_threshold.observe(rows.foreground, rows.takes_part)
@@ -113,12 +115,8 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
     @torch.no_grad()
     def _log(self, logits, rows, num_images):
         """Log what Detectron2 logs of a region head; return the number of foreground rows."""
-        labels = rows.labels
-        # A row of K sigmoids says background when no class reaches one half.
-        if logits.shape[1] == self.num_classes:
-            logits = F.pad(logits, (0, 1))
-        predicted = logits.argmax(dim=1)
-        is_right = predicted == labels
+        predicted = self.criterion.classification_loss.predicted_class(logits)
+        is_right = predicted == rows.labels
         counts = [
             rows.foreground,
             rows.takes_part,

@@ -1,4 +1,11 @@
-"""Classification and box losses over labelled rows; they need torch and nothing of Detectron2."""
+"""Classification and box losses over labelled rows; they need torch and nothing of Detectron2.
+
+Every file of this folder and of ``box/`` is imported here, and every loss that registers itself is
+a name of this package: a new file needs no other line.
+"""
+
+import importlib
+import pkgutil
 
 from .base import (
     BOX_LOSSES,
@@ -6,36 +13,28 @@ from .base import (
     BoxLoss,
     ClassificationLoss,
     SigmoidLoss,
+    SigmoidWithBackgroundLoss,
     SoftmaxLoss,
 )
-from .bce import BinaryCrossEntropyLoss
-from .box import BalancedL1Loss, GHMRegressionLoss, GIoULoss, SmoothL1Loss, balanced_l1_loss
-from .cross_entropy import CrossEntropyLoss
-from .equalization import EqualizationLoss, SoftmaxEqualizationLoss
-from .focal import FocalLoss
-from .ghm import GHMClassificationLoss, SoftmaxGHMLoss
+from .box.balanced_l1 import balanced_l1_loss
+from .gradient_density import GradientDensity
 from .guided import guided_scale
-from .harmonizer import GradientDensity
+
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+_registered = {**dict(CLASSIFICATION_LOSSES), **dict(BOX_LOSSES)}
+globals().update(_registered)
 
 __all__ = [
     "BOX_LOSSES",
     "CLASSIFICATION_LOSSES",
-    "BalancedL1Loss",
-    "BinaryCrossEntropyLoss",
     "BoxLoss",
     "ClassificationLoss",
-    "CrossEntropyLoss",
-    "EqualizationLoss",
-    "FocalLoss",
-    "GHMClassificationLoss",
-    "GHMRegressionLoss",
-    "GIoULoss",
     "GradientDensity",
     "SigmoidLoss",
-    "SmoothL1Loss",
-    "SoftmaxEqualizationLoss",
-    "SoftmaxGHMLoss",
+    "SigmoidWithBackgroundLoss",
     "SoftmaxLoss",
     "balanced_l1_loss",
     "guided_scale",
+    *_registered,
 ]

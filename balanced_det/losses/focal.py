@@ -6,6 +6,8 @@ with p_t = p, alpha_t = alpha where y = 1 and p_t = 1 - p, alpha_t = 1 - alpha e
 published code (Detectron's and fvcore's) computes this formula; so does this one.
 """
 
+from torch import Tensor
+
 from ..errors import InputError
 from .base import CLASSIFICATION_LOSSES, SigmoidLoss
 
@@ -20,7 +22,9 @@ class FocalLoss(SigmoidLoss):
         gamma: exponent of the modulating factor, >= 0; 0 leaves cross entropy weighted by alpha.
     """
 
-    def __init__(self, num_classes, alpha=0.25, gamma=2.0):
+    neutral = {"alpha": None, "gamma": 0.0}
+
+    def __init__(self, num_classes: int, alpha: float | None = 0.25, gamma: float = 2.0):
         super().__init__(num_classes)
         if alpha is not None and not 0 <= alpha <= 1:
             raise InputError(f"FocalLoss: alpha must be None or in [0, 1], not {alpha}.")
@@ -29,6 +33,6 @@ class FocalLoss(SigmoidLoss):
         self.alpha = alpha
         self.gamma = gamma
 
-    def tables(self, levels):
+    def pass_options(self, levels: list[tuple[Tensor, Tensor]]) -> dict:
         """Return alpha and gamma."""
         return {"alpha": self.alpha, "gamma": self.gamma}

@@ -10,7 +10,8 @@ A detector's logits are the largest tensor of a training step: RetinaNet with 1,
     y_{rk} = [label_r = k], \qquad g_{rk} = |\sigma(x_{rk}) - y_{rk}|
 
 with different small tables for w. It reads each logit once and writes each gradient once; nothing
-else of the logits' size is allocated.
+else of the logits' size is allocated. EQLv2 (arXiv 2012.08548) and EFL (arXiv 2201.02593) weigh
+classes by the gradient they have had; the same read sums it.
 
 Two implementations share one meaning: plain torch (:mod:`.reference`) and Triton kernels
 (:mod:`.triton_kernels`); :mod:`.choice` says which serves a call. :mod:`.nms` suppresses the
@@ -38,12 +39,14 @@ def sigmoid_loss(
     *,
     alpha=None,
     gamma=0.0,
+    weight=None,
     positive_weight=None,
     negative_weight=None,
     background_weight=None,
     bin_weight=None,
     scale=1.0,
     overwrite_logits=False,
+    gradient_sums=False,
 ):
     """Sum a weighted sigmoid cross entropy over all rows labelled >= 0 and all K classes.
 
@@ -53,7 +56,9 @@ def sigmoid_loss(
         labels: (*lead), integers: 0 .. K-1 a class, K background, negative ignored. A row that is
             ignored has exactly zero loss and gradient, whatever its logits.
         alpha: weight of the y = 1 terms, 1 - alpha being that of the y = 0 terms; None for neither.
-        gamma: exponent of the focal modulation (1 - p_t)^gamma; its gradient is included.
+        gamma: exponent of the focal modulation (1 - p_t)^gamma, a number or a (K,) tensor of one a
+            class; its gradient is included.
+        weight: (K,) weight of every term of a class, on top of the following.
         positive_weight: (K,) weight of the y = 1 term.
         negative_weight: (K,) weight of the y = 0 terms of foreground rows.
         background_weight: (K,) weight of the y = 0 terms of background rows.
@@ -64,6 +69,7 @@ def sigmoid_loss(
             caller that owns them and knows that NOBODY reads them afterwards: not a metric, not a
             hook, not the operation that made them (a convolution does not read its output, a ReLU
             or sigmoid does). Autograd refuses a backward pass that needs the lost values.
+        gradient_sums: return also the sum over rows of each class's |dL/dx|, for s = 1.
 
     Returns:
         A 0-dim float32 tensor (float64 for float64 logits). Its gradient is made here already, with
@@ -71,19 +77,26 @@ def sigmoid_loss(
         in place by what ``backward`` brings, which costs nothing on CUDA when that is 1. Tables and
         ``scale`` are constants: no gradient flows to them.
 
+        With ``gradient_sums``, (that tensor, sums): (2, K) float64 without gradient, of the
+        elements with y = 1 and of those with y = 0. Weights must then not be negative.
+
     Raises:
-        InputError: a wrong shape, type, device or range. Label values are not checked, since that
-            would wait for the device; any above K counts as background.
+        InputError: a wrong shape, type, device or range. Label values and those of a (K,) gamma,
+            which must not be negative, are not checked, since that would wait for the device; any
+            label above K counts as background.
         RuntimeError: in backward, when the graph was used up or the overwritten logits changed.
 
-    Nothing waits for the device. Sums are deterministic.
+    Nothing waits for the device. Sums are deterministic. The gradient of an infinite logit is that
+    of a very large one.
     """
     _check_rows(logits, labels)
     num_classes = logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if alpha is not None and not 0 <= alpha <= 1:
         raise InputError(f"alpha must lie in [0, 1] or be None, not {alpha}.")
-    if not gamma >= 0:
+    if isinstance(gamma, torch.Tensor):
+        gamma = _table("gamma", gamma, num_classes, logits, dtype)
+    elif not gamma >= 0:
         raise InputError(f"gamma must not be negative, not {gamma}.")
     if bin_weight is not None and len(bin_weight) == 0:
         raise InputError("bin_weight must have at least one bin.")
@@ -95,7 +108,8 @@ def sigmoid_loss(
         scale = scale.item() if scale.device.type == "cpu" else scale.detach()
     options = dict(
         alpha=alpha,
-        gamma=float(gamma),
+        gamma=gamma if isinstance(gamma, torch.Tensor) else float(gamma),
+        weight=_table("weight", weight, num_classes, logits, dtype),
         positive_weight=_table("positive_weight", positive_weight, num_classes, logits, dtype),
         negative_weight=_table("negative_weight", negative_weight, num_classes, logits, dtype),
         background_weight=_table(
@@ -105,11 +119,14 @@ def sigmoid_loss(
         scale=scale,
     )
     backend = _backend(logits)
+    sums = logits.new_zeros((2, num_classes), dtype=torch.float64) if gradient_sums else None
     if not (logits.requires_grad and torch.is_grad_enabled()):
-        return backend.loss_and_gradient(logits, labels, None, **options)
-    if overwrite_logits:
-        _check_overwritable(logits)
-    return _SigmoidLoss.apply(logits, labels, backend, overwrite_logits, options)
+        loss = backend.loss_and_gradient(logits, labels, None, sums, **options)
+    else:
+        if overwrite_logits:
+            _check_overwritable(logits)
+        loss = _SigmoidLoss.apply(logits, labels, backend, overwrite_logits, sums, options)
+    return (loss, sums) if gradient_sums else loss
 
 
 def gradient_histogram(logits, labels, bins):
@@ -134,9 +151,9 @@ class _SigmoidLoss(torch.autograd.Function):
     """Makes the gradient together with the loss; backward hands it over."""
 
     @staticmethod
-    def forward(ctx, logits, labels, backend, overwrite, options):
+    def forward(ctx, logits, labels, backend, overwrite, sums, options):
         gradient = logits.detach() if overwrite else empty_gradient(logits)
-        loss = backend.loss_and_gradient(logits.detach(), labels, gradient, **options)
+        loss = backend.loss_and_gradient(logits.detach(), labels, gradient, sums, **options)
         ctx.version = None
         if overwrite:
             # Kernels write past autograd; tell it, so that whoever saved these values is refused.
@@ -166,7 +183,7 @@ class _SigmoidLoss(torch.autograd.Function):
         else:
             ctx.gradient = None
         ctx.backend.scale_gradient_(gradient, grad_output)
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 def _graph_is_retained():

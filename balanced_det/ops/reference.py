@@ -7,8 +7,10 @@ With :math:`z = x` where the label names the class (y = 1) and :math:`z = -x` el
     \ell = w\, g^\gamma\, \mathrm{bce}, \qquad
     \frac{\partial \ell}{\partial z} = -w\, g^\gamma \left(g + \gamma (1 - g)\, \mathrm{bce}\right),
 
-where w holds alpha and the table weights. No target of shape (R, K) exists: every element of a
-piece is computed as y = 0, then the one element of a foreground row that has y = 1 is replaced.
+where w holds alpha and the table weights. By x the slope is negative where y = 1 and not elsewhere,
+which is how the sums over rows tell the two apart. No target of shape (R, K) exists: every
+element of a piece is computed as y = 0, then the one element of a foreground row that has y = 1 is
+replaced.
 
 The functions here share their signatures with :mod:`.triton_kernels`.
 """
@@ -30,9 +32,11 @@ def loss_and_gradient(
     logits,
     labels,
     gradient,
+    sums,
     *,
     alpha,
     gamma,
+    weight,
     positive_weight,
     negative_weight,
     background_weight,
@@ -42,41 +46,54 @@ def loss_and_gradient(
     """Return the 0-dim loss; write its gradient into ``gradient`` unless that is None.
 
     ``logits`` and ``gradient`` are (*lead, K), and may be one tensor; ``labels`` is (*lead).
+    ``sums``, unless None, is (2, K) float64, to which |gradient| before ``scale`` is added, summed
+    over the rows where y = 1, and where y = 0.
     """
     num_classes = logits.shape[-1]
     dtype = _arithmetic_dtype(logits)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    tables = positive_weight, negative_weight, background_weight
+    tables = gamma, weight, positive_weight, negative_weight, background_weight
+    with_slope = gradient is not None or sums is not None
     for index, classes in _pieces(logits):
         x, label = _load(logits[index], labels[index[:-1]], dtype)
-        positive, negative, background = (w if w is None else w[classes] for w in tables)
+        exponent, every, positive, negative, background = (
+            table[classes] if isinstance(table, torch.Tensor) else table for table in tables
+        )
 
         # Every element as y = 0.
-        weight = None
+        factors = [every, None if alpha is None else 1 - alpha]
         if negative is not None or background is not None:
             one = x.new_ones(())
-            weight = torch.where(
-                (label < num_classes).unsqueeze(-1),
-                one if negative is None else negative,
-                one if background is None else background,
+            is_foreground = (label < num_classes).unsqueeze(-1)
+            factors.append(
+                torch.where(
+                    is_foreground,
+                    one if negative is None else negative,
+                    one if background is None else background,
+                )
             )
-        loss, slope = _weighted_bce(
-            x, weight, None if alpha is None else 1 - alpha, gamma, bin_weight, gradient is not None
-        )
+        loss, slope = _weighted_bce(x, factors, exponent, bin_weight, with_slope)
 
         # The class of each foreground row as y = 1. Other rows rewrite what stands at class 0.
         is_positive = ((label >= classes.start) & (label < classes.stop)).unsqueeze(-1)
         position = (label.unsqueeze(-1) - classes.start).clamp_(0, x.shape[-1] - 1)  # (*lead, 1)
-        weight = None if positive is None else positive[position]
+        factors = [alpha, *(w if w is None else w[position] for w in (every, positive))]
+        if isinstance(exponent, torch.Tensor):
+            exponent = exponent[position]
         positive_loss, positive_slope = _weighted_bce(
-            -x.gather(-1, position), weight, alpha, gamma, bin_weight, gradient is not None
+            -x.gather(-1, position), factors, exponent, bin_weight, with_slope
         )
         old = loss.gather(-1, position)
         loss.scatter_(-1, position, torch.where(is_positive, positive_loss, old))
         total += loss.sum()
-        if gradient is not None:
+        if with_slope:
             old = slope.gather(-1, position)
             slope.scatter_(-1, position, torch.where(is_positive, -positive_slope, old))
+        if sums is not None:
+            rows = slope.reshape(-1, slope.shape[-1])
+            sums[0, classes] -= rows.clamp(max=0).sum(0, dtype=torch.float64)
+            sums[1, classes] += rows.clamp(min=0).sum(0, dtype=torch.float64)
+        if gradient is not None:
             gradient[index] = slope if isinstance(scale, float) and scale == 1 else slope * scale
     return (total * scale).to(dtype)
 
@@ -142,16 +159,20 @@ def bin_index(length, bins):
     return (length * bins).to(torch.int64).clamp_(0, bins - 1)
 
 
-def _weighted_bce(x, weight, alpha, gamma, bin_weight, with_slope):
-    """Return the loss of y = 0 at ``x`` and its derivative, which is None unless asked for."""
+def _weighted_bce(x, factors, gamma, bin_weight, with_slope):
+    """Return the loss of y = 0 at ``x`` and its derivative, which is None unless asked for.
+
+    ``gamma`` is a number or a tensor that broadcasts with ``x``, as are ``factors``, or None.
+    """
     length = torch.sigmoid(x)
-    loss = _softplus(x)
+    # An infinite loss times a gradient length or weight of 0 would be nan.
+    loss = _softplus(x).clamp_(max=torch.finfo(x.dtype).max)
     slope = length if with_slope else None
-    if with_slope and gamma != 0:
-        slope = (1 - length).mul_(loss).mul_(gamma).add_(length)
-    factors = [weight, alpha]
-    if gamma != 0:
-        factors.append(length.square() if gamma == 2 else length.pow(gamma))
+    factors = list(factors)
+    if isinstance(gamma, torch.Tensor) or gamma != 0:
+        if with_slope:
+            slope = (1 - length).mul_(loss).mul_(gamma).add_(length)
+        factors.append(length.square() if _is_number(gamma, 2) else length.pow(gamma))
     if bin_weight is not None:
         factors.append(bin_weight[bin_index(length, len(bin_weight))])
     for factor in factors:
@@ -160,6 +181,10 @@ def _weighted_bce(x, weight, alpha, gamma, bin_weight, with_slope):
             if with_slope:
                 slope.mul_(factor)
     return loss, slope
+
+
+def _is_number(value, number):
+    return not isinstance(value, torch.Tensor) and value == number
 
 
 def _softplus(x):

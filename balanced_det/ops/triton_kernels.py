@@ -6,6 +6,10 @@ smaller. Row-major logits are (R, K, 1), a convolution's output (N * A, K, H * W
 are so contiguous in every layout; the labels, laid out as (outer, inner), are compared in the
 kernel. See :mod:`.reference` for the formula; the functions share its signatures.
 
+Where the gradient of each class is summed too, a lane of a program sees one class only and keeps
+its sums in registers, see :func:`_sums_kernel`; no two programs add to one number, so that sums do
+not depend on who comes first.
+
 No size is compiled in, so that images of changing size never compile anew. The kernels are bound by
 arithmetic nearly as much as by memory, hence their care about divisions and 64-bit numbers.
 """
@@ -18,6 +22,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional as F
 
 from ..errors import InputError
 from .layout import is_dense, memory_order
@@ -36,6 +41,8 @@ _MAX_EXTENT = 1 << 30  # Of K and of inner: 32-bit offsets within them suffice i
 # Hardware approximations, within two rounding steps, where there is the hardware: Triton's own exp
 # and division spend a sixth of the kernel on denormal numbers, which cannot occur or do not matter.
 _PTX = tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1")
+
+_LARGEST = tl.constexpr(3.4e38)  # Nearly the largest float32.
 
 # Up to here a multiplication takes the device a few microseconds, less than it takes the host to
 # launch the kernel that can leave it out.
@@ -168,13 +175,28 @@ def _bin(length, bins):
     return tl.minimum((length * bins).to(tl.int32), bins - 1)
 
 
+@triton.jit
+def _power(length, log1p, z, gamma):
+    """g^gamma of any gamma >= 0; log g is at z what -bce is at -z."""
+    # A gamma of 0 times an infinite z would be nan.
+    return _exp(-gamma * tl.minimum(log1p + tl.maximum(z, 0.0), _LARGEST))
+
+
+@triton.jit
+def _bce(log1p, z):
+    """log(1 + exp(-z)), finite: an infinite loss times a weight of 0 would be nan."""
+    bce = log1p + tl.maximum(-z, 0.0)
+    return tl.where(bce > _LARGEST, _LARGEST, bce)  # which leaves nan as it is
+
+
 # fmt: off
 @triton.jit(do_not_specialize=[*_LAYOUT, "scale", "bins"])
 def _loss_kernel(
     logits_ptr, labels_ptr,
     gradient_ptr,  # None: no gradient.
     partial_ptr,  # A program's sum.
-    positive_ptr, negative_ptr, background_ptr, bin_ptr,  # Tables; None: all ones.
+    gamma_ptr,  # None: GAMMA counts.
+    weight_ptr, positive_ptr, negative_ptr, background_ptr, bin_ptr,  # Tables; None: all ones.
     scale_ptr,  # None: the number `scale` counts.
     scale, bins, numel,
     K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
@@ -189,18 +211,24 @@ def _loss_kernel(
     )  # fmt: skip
     z = _margin(x, label, k)
     length, log1p = _logistic(z)
-    bce = log1p + tl.maximum(-z, 0.0)
+    bce = _bce(log1p, z)
 
     positive = label == k
     weight = 1.0
+    gamma = GAMMA
     if ALPHA is not None:
         weight = tl.where(positive, ALPHA, 1.0 - ALPHA)
-    if GAMMA == 1.0:
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + k, mask=element < numel, other=0.0)
+        weight *= _power(length, log1p, z, gamma)
+    elif GAMMA == 1.0:
         weight *= length
     elif GAMMA == 2.0:
         weight *= length * length
-    elif GAMMA != 0.0:  # log g is at z what -bce is at -z.
-        weight *= _exp(-GAMMA * (log1p + tl.maximum(z, 0.0)))
+    elif GAMMA != 0.0:
+        weight *= _power(length, log1p, z, GAMMA)
+    if weight_ptr is not None:
+        weight *= tl.load(weight_ptr + k, mask=element < numel, other=0.0)
     if positive_ptr is not None:
         weight *= tl.load(positive_ptr + k, mask=positive, other=1.0)
     if negative_ptr is not None:
@@ -216,11 +244,143 @@ def _loss_kernel(
     if gradient_ptr is not None:
         slope = length
         if GAMMA != 0.0:
-            slope += GAMMA * (1.0 - length) * bce
+            slope += gamma * (1.0 - length) * bce
         slope *= weight * tl.where(positive, -scale, scale)
         if not OVERWRITE:
             at = element
         tl.store(gradient_ptr + at, slope, mask=element < numel)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=[*_LAYOUT, "scale", "bins"])
+def _sums_kernel(
+    logits_ptr, labels_ptr,
+    gradient_ptr,  # None: no gradient.
+    partial_ptr,  # A program's sum.
+    sums_ptr,  # (2, programs, BLOCK) if ROW_MAJOR, else (2, programs).
+    gamma_ptr,  # None: GAMMA counts.
+    weight_ptr, positive_ptr, negative_ptr, background_ptr, bin_ptr,  # Tables; None: all ones.
+    scale_ptr,  # None: the number `scale` counts.
+    scale, bins, numel,
+    K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
+    LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr, OVERWRITE: tl.constexpr,
+    ALPHA: tl.constexpr, GAMMA: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """_loss_kernel in a loop whose every lane stays with one class.
+
+    1. Row-major logits: a step of the loop takes all programs BLOCK times their number of elements
+       on, which is a multiple of K wherever there is a second step. A lane so stays with its class,
+       and its row grows by a constant. What lane l of program p has summed is of class
+       (p BLOCK + l) % K.
+    2. Otherwise each program has one class k, and its lanes walk that class's rows.
+    """
+    # fmt: on
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    lane = tl.arange(0, BLOCK)
+    if WIDE:
+        lane = lane.to(tl.int64)
+    rows = numel // K
+    if ROW_MAJOR:
+        first = _start(WIDE, BLOCK) + lane
+        row = first // K if WIDE else _divide(first, k_mul, k_shift)
+        k = (first - row * K).to(tl.int32)
+        step = tl.cast(programs, lane.dtype) * BLOCK // K
+    else:
+        k = program % K
+        row = (program // K) * BLOCK + lane
+        step = tl.cast(programs // K, lane.dtype) * BLOCK
+
+    gamma = GAMMA
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + k)
+    if weight_ptr is not None:
+        every = tl.load(weight_ptr + k)
+    if positive_ptr is not None:
+        positive_weight = tl.load(positive_ptr + k)
+    if negative_ptr is not None:
+        negative_weight = tl.load(negative_ptr + k)
+    if background_ptr is not None:
+        background_weight = tl.load(background_ptr + k)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
+
+    loss = tl.zeros((BLOCK,), tl.float32)
+    positive_sum = tl.zeros((BLOCK,), tl.float32)
+    negative_sum = tl.zeros((BLOCK,), tl.float32)
+    # The last step may lie outside for some lanes.
+    for _ in range(0, tl.cdiv(rows, step)):
+        inside = row < rows
+        if ROW_MAJOR:
+            element = row * K + k
+        else:
+            outer = row // inner if WIDE else _divide(row, i_mul, i_shift)
+            element = row + (outer * (K - 1) + k) * inner
+        at = element
+        if LEAD > 0:  # Gaps: count out the leading dimensions, fastest first.
+            rest = row.to(tl.int64)
+            at = tl.zeros((BLOCK,), tl.int64) + k.to(tl.int64) * k_stride
+            if LEAD > 3:
+                at += (rest % n3) * s3
+                rest = rest // n3
+            if LEAD > 2:
+                at += (rest % n2) * s2
+                rest = rest // n2
+            if LEAD > 1:
+                at += (rest % n1) * s1
+                rest = rest // n1
+            at += rest * s0
+        x = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        label = tl.load(labels_ptr + row, mask=inside, other=-1).to(tl.int32)
+
+        z = _margin(x, label, k)
+        length, log1p = _logistic(z)
+        bce = _bce(log1p, z)
+        positive = label == k
+        weight = tl.full((BLOCK,), 1.0, tl.float32)
+        if ALPHA is not None:
+            weight = tl.where(positive, ALPHA, 1.0 - ALPHA)
+        if gamma_ptr is not None:
+            weight *= _power(length, log1p, z, gamma)
+        elif GAMMA == 1.0:
+            weight *= length
+        elif GAMMA == 2.0:
+            weight *= length * length
+        elif GAMMA != 0.0:
+            weight *= _power(length, log1p, z, GAMMA)
+        if weight_ptr is not None:
+            weight *= every
+        if positive_ptr is not None:
+            weight *= tl.where(positive, positive_weight, 1.0)
+        if negative_ptr is not None:
+            weight *= tl.where((label < K) & (label != k), negative_weight, 1.0)
+        if background_ptr is not None:
+            weight *= tl.where(label >= K, background_weight, 1.0)
+        if bin_ptr is not None:
+            weight *= tl.load(bin_ptr + _bin(length, bins))
+
+        loss += weight * bce
+        slope = length
+        if GAMMA != 0.0:
+            slope += gamma * (1.0 - length) * bce
+        slope *= weight
+        positive_sum += tl.where(positive, slope, 0.0)
+        negative_sum += tl.where(positive, 0.0, slope)
+        if gradient_ptr is not None:
+            slope *= tl.where(positive, -scale, scale)
+            if not OVERWRITE:
+                at = element
+            tl.store(gradient_ptr + at, slope, mask=inside)
+        row += step
+
+    tl.store(partial_ptr + program, tl.sum(loss, axis=0) * scale)
+    if ROW_MAJOR:
+        sums_ptr += tl.cast(program, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(sums_ptr, positive_sum)
+        tl.store(sums_ptr + tl.cast(programs, tl.int64) * BLOCK, negative_sum)
+    else:
+        tl.store(sums_ptr + program, tl.sum(positive_sum, axis=0))
+        tl.store(sums_ptr + programs + program, tl.sum(negative_sum, axis=0))
 
 
 # fmt: off
@@ -266,9 +426,11 @@ def loss_and_gradient(
     logits,
     labels,
     gradient,
+    sums,
     *,
     alpha,
     gamma,
+    weight,
     positive_weight,
     negative_weight,
     background_weight,
@@ -278,36 +440,69 @@ def loss_and_gradient(
     """Return the 0-dim loss; write its gradient into ``gradient`` unless that is None.
 
     ``logits`` and ``gradient`` are (*lead, K), and may be one tensor; ``labels`` is (*lead).
+    ``sums``, unless None, is (2, K) float64, to which |gradient| before ``scale`` is added, summed
+    over the rows where y = 1, and where y = 0.
     """
     numel = logits.numel()
     if numel == 0:
         return logits.new_zeros((), dtype=torch.float32)
     labels, layout, options = _prepare(logits, labels)
+    scale_tensor, scale = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
+    gamma_table, gamma = (gamma, -1.0) if isinstance(gamma, torch.Tensor) else (None, gamma)
+    arguments = (
+        gamma_table,
+        weight,
+        positive_weight,
+        negative_weight,
+        background_weight,
+        bin_weight,
+        scale_tensor,
+        float(scale),
+        0 if bin_weight is None else len(bin_weight),
+        numel,
+        *layout,
+    )
+    options = dict(
+        options,
+        OVERWRITE=gradient is not None and gradient.data_ptr() == logits.data_ptr(),
+        ALPHA=alpha,
+        GAMMA=gamma,
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
+    )
+    if sums is not None:
+        return _loss_and_sums(logits, labels, gradient, sums, arguments, options)
     programs = triton.cdiv(numel, _BLOCK)
     partial = torch.empty(programs, dtype=torch.float32, device=logits.device)
-    scale_tensor, scale = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
     with _current_device(logits):
-        _loss_kernel[(programs,)](
-            logits,
-            labels,
-            gradient,
-            partial,
-            positive_weight,
-            negative_weight,
-            background_weight,
-            bin_weight,
-            scale_tensor,
-            float(scale),
-            0 if bin_weight is None else len(bin_weight),
-            numel,
-            *layout,
-            **options,
-            OVERWRITE=gradient is not None and gradient.data_ptr() == logits.data_ptr(),
-            ALPHA=alpha,
-            GAMMA=gamma,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
+        _loss_kernel[(programs,)](logits, labels, gradient, partial, *arguments, **options)
+    return partial.sum()
+
+
+def _loss_and_sums(logits, labels, gradient, sums, arguments, options):
+    numel, num_classes = logits.numel(), logits.shape[-1]
+    blocks = triton.cdiv(numel, _BLOCK)
+    wanted = 2 * _capacity(logits.device, _WARPS)  # Two rounds, so that no program waits long.
+    if options["ROW_MAJOR"]:
+        # Of programs that step on together, BLOCK elements each, a multiple of K elements.
+        unit = num_classes // math.gcd(num_classes, _BLOCK)
+        programs = min(blocks, triton.cdiv(wanted, unit) * unit)
+        partial_sums = torch.empty(
+            (2, programs * _BLOCK), dtype=torch.float32, device=logits.device
         )
+    else:
+        chunks = min(triton.cdiv(numel // num_classes, _BLOCK), triton.cdiv(wanted, num_classes))
+        programs = num_classes * chunks
+        partial_sums = torch.empty((2, programs), dtype=torch.float32, device=logits.device)
+    partial = torch.empty(programs, dtype=torch.float32, device=logits.device)
+    with _current_device(logits):
+        _sums_kernel[(programs,)](
+            logits, labels, gradient, partial, partial_sums, *arguments, **options
+        )
+    missing = -partial_sums.shape[1] % num_classes
+    if missing:  # Few logits, which no second step followed.
+        partial_sums = F.pad(partial_sums, (0, missing))
+    sums += partial_sums.view(2, -1, num_classes).sum(dim=1, dtype=torch.float64)
     return partial.sum()
 
 

@@ -33,6 +33,12 @@ from ..distributed import num_workers, sum_over_workers
 from ..errors import InputError
 from ..ops.reference import bin_index
 
+# https://github.com/libuyu/GHM_Detection/issues/15
+SAMPLED_ROWS_WARNING = (
+    "is known not to work on the sampled rows of a region head, say its authors: sampling has "
+    "already removed the imbalance that it harmonizes"
+)
+
 
 class GradientDensity(nn.Module):
     """The smoothed histogram of gradient lengths and the weights that flatten it.

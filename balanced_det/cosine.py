@@ -1,0 +1,43 @@
+"""A classifier whose logits are cosines, the last layer of Seesaw loss and ECM; torch alone."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import InputError
+
+
+class CosineLinear(nn.Linear):
+    """A linear layer of the direction of features and weights: ``scale`` cos(w_k, x) + b_k.
+
+    The length of a class's weights grows with how often the class is trained on, and so do its
+    logits; here it does not count. ``nn.Linear`` otherwise, its parameters' names included.
+
+    Args:
+        in_features, out_features, bias: as of ``nn.Linear``.
+        scale: tau, > 0: the largest logit but for the bias.
+
+    Source: the normalized linear layer of arXiv 2008.10032, section 4.3, where tau is 20.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, scale: float = 20.0
+    ):
+        super().__init__(in_features, out_features, bias)
+        if not scale > 0:
+            raise InputError(f"CosineLinear: scale must be above 0, not {scale}.")
+        self.scale = scale
+        nn.init.normal_(self.weight, std=0.01)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (*, out_features) logits of (*, in_features); those of a zero vector are 0."""
+        # In float32 as all norms: the square of a float16 feature of 256 overflows.
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        features = F.normalize(features.to(dtype), dim=-1) * self.scale
+        return F.linear(features, F.normalize(self.weight.to(dtype), dim=-1), self.bias)
+
+    def extra_repr(self) -> str:
+        """Return what ``print`` shows."""
+        return f"{super().extra_repr()}, scale={self.scale}"

@@ -1,0 +1,1 @@
+"""One box loss a file."""

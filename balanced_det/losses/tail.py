@@ -1,0 +1,98 @@
+"""Which classes are the tail, from how many training images hold them (arXiv 2003.05176)."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .statistic import ClassStatistic
+
+logger = logging.getLogger(__name__)
+
+
+class TailClasses(ClassStatistic):
+    """Which of K classes are the tail, from their frequency.
+
+    Args:
+        num_classes: K.
+        class_frequency: (K,) fractions of the training images that hold each class, or None for a
+            model that is built to load a checkpoint, which brings them.
+        tail_threshold: T(f) = 1 where f < tail_threshold.
+        tail_share: a share of classes in (0, 1) that replaces the threshold when given: the rarest
+            round(tail_share K) classes are the tail; of equally rare classes those of
+            smaller index come first.
+
+    Attributes:
+        class_frequency: (K,) buffer, saved with the checkpoint; NaN while unknown.
+
+    A tail of no class, or of all, is logged as a warning.
+    """
+
+    name = "class_frequency"
+    meaning = "the fraction of training images that hold each class"
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_frequency: Sequence[float] | Tensor | None,
+        tail_threshold: float,
+        tail_share: float | None = None,
+    ):
+        super().__init__(num_classes, class_frequency)
+        if tail_share is not None and not 0 < tail_share < 1:
+            raise InputError(f"tail_share must lie between 0 and 1, exclusive, not {tail_share}.")
+        self.tail_threshold = tail_threshold
+        self.tail_share = tail_share
+        # Derived from the frequencies, hence not saved.
+        self.register_buffer("_mask", torch.zeros(num_classes, dtype=torch.bool), persistent=False)
+        self.register_buffer("_negative_weight", torch.ones(num_classes), persistent=False)
+        self.derive_if_known()
+
+    def check(self, values: Tensor) -> None:
+        """Raise an InputError for values that are no fractions."""
+        if not ((values >= 0) & (values <= 1)).all():
+            raise InputError("class_frequency must be fractions of the images, from 0 to 1.")
+
+    def mask(self) -> Tensor:
+        """Return the (K,) bool tensor that is True for tail classes.
+
+        Raises:
+            InputError: while the frequencies are unknown.
+        """
+        self.check_known()
+        return self._mask
+
+    def negative_weight(self) -> Tensor:
+        """Return the (K,) float32 tensor 1 - T(f): 0 for tail classes, 1 for the others.
+
+        Raises:
+            InputError: while the frequencies are unknown.
+        """
+        self.check_known()
+        return self._negative_weight
+
+    def derive(self) -> None:
+        """Find the tail."""
+        frequency, num_classes = self.class_frequency, len(self.class_frequency)
+        if self.tail_share is None:
+            tail = frequency < self.tail_threshold
+            setting = f"tail_threshold {self.tail_threshold}"
+        else:
+            tail = torch.zeros_like(self._mask)
+            rarest_first = frequency.argsort(stable=True)
+            tail[rarest_first[: round(self.tail_share * num_classes)]] = True
+            setting = f"tail_share {self.tail_share}"
+        count = int(tail.sum())
+        if count in (0, num_classes):
+            logger.warning(
+                "%s makes %d of %d classes tail classes (class frequencies are %.3g to %.3g).",
+                setting,
+                count,
+                num_classes,
+                frequency.min(),
+                frequency.max(),
+            )
+        self._mask.copy_(tail)
+        self._negative_weight.copy_(~tail)
