@@ -120,7 +120,7 @@ def _weigh_classes(cfg, part, loss):
     try:
         if isinstance(weights, str):
             if part == "RPN":
-                raise InputError("objectness has no classes to count")
+                raise InputError("objectness has no classes to count.")
             method = "inverse" if weights == "auto" else weights
             counts = _statistics(cfg, ("class_counts",))["class_counts"]
             # Also without counts, so that a wrong name is found.
