@@ -295,11 +295,12 @@ def _about_tail(a):
     total = len(a.present)
     numbers = (
         f"{_n(lvis)} of the {_n(total)} classes that occur are in fewer than "
-        f"{rules.LVIS_TAIL_THRESHOLD:.3%} of the {_n(a.num_training)} training images, "
-        f"{_n(here)} in fewer than {_tail_threshold(a):.3g} of them "
-        f"({a.advice.limit} images, which LVIS's number means there)."
+        f"{rules.LVIS_TAIL_THRESHOLD} of the {_n(a.num_training)} training images, {_n(here)} in "
+        f"fewer than {_tail_threshold(a):.3g}. On LVIS {rules.LVIS_TAIL_THRESHOLD} means "
+        f"{COMMON_MAX_IMAGES} images; here {_tail_threshold(a):.3g} means "
+        f"{_n(_tail_threshold(a) * a.num_training)}."
     )
-    if rules.tail_is_useful(here, total):
+    if rules.tail_is_useful(here, total) and here <= rules.SUGGESTED_TAIL_SHARE * total:
         warning = (
             ""
             if rules.tail_is_useful(lvis, total)
@@ -324,9 +325,10 @@ def _about_tail(a):
         )
     return Conclusion(
         "tail threshold",
-        f"For EQL set TAIL_SHARE, 0.5 for example, instead of a threshold: that of "
-        f"{a.advice.limit} images makes {_n(here)} of {_n(total)} classes tail, and LVIS's "
-        f"{rules.LVIS_TAIL_THRESHOLD} makes {_n(lvis)}; nearly none or nearly all changes nothing.",
+        f"For EQL set TAIL_SHARE, 0.5 for example, instead of a threshold: one of "
+        f"{_tail_threshold(a):.3g} makes {_n(here)} of {_n(total)} classes tail, LVIS's "
+        f"{rules.LVIS_TAIL_THRESHOLD} {_n(lvis)}; a tail of nearly none or nearly all tells no "
+        "classes apart.",
         numbers,
         kind="warn",
     )
@@ -383,7 +385,7 @@ def _about_unlabelled(a):
         if a.drops_unlabelled
         else "Images without an object are trained on as background: be sure that they are checked."
     )
-    numbers = f"{_n(a.num_unlabelled)} of {_n(a.data.num_images)} images, {share:.1%}."
+    numbers = f"{_n(a.num_unlabelled)} of {_n(a.data.num_images)} images, {share:.2g} of all."
     return Conclusion("unlabelled images", text, numbers, kind="warn" if share > 0.2 else "note")
 
 
@@ -436,8 +438,8 @@ def _about_rows(a):
     return Conclusion(
         "optimal prior",
         f"{_n(fit.num_background / fit.num_foreground)} background anchors stand against each "
-        f"foreground anchor: the optimal prior is {prior:.2g} "
-        f"(BALANCE.{slot}.OPTIMAL_PRIOR True counts it exactly).",
+        f"foreground anchor. Training on all of them, without sampling, starts best at a prior of "
+        f"{prior:.2g}: BALANCE.{slot}.OPTIMAL_PRIOR True counts and sets it.",
         f"{_n(fit.num_foreground)} of {_n(rows)} anchors of {_n(fit.num_images)} images are "
         f"foreground, {_n(fit.num_ignored)} more ignored; N_f / (N C) with C = {num_classes}.",
         kind="do",

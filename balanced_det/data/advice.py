@@ -20,6 +20,8 @@ LVIS_TAIL_THRESHOLD = 0.00177
 LVIS_REPEAT_THRESHOLD = 0.001
 # A tail of nearly no class or nearly all of them weighs all classes alike.
 LEAST_TAIL_SHARE, LARGEST_TAIL_SHARE = 0.05, 0.95
+# Above this share a threshold is not suggested: the half of the classes is.
+SUGGESTED_TAIL_SHARE = 0.8
 
 _EPOCHS = 12  # Detectron2's 1x schedule on COCO
 _LEAST_ITERATIONS = 1800  # at batch 8; a few hundred photographs then are seen some 40 times
@@ -57,11 +59,6 @@ class Advice:
     steps: tuple[int, int]
     score_threshold: float
     detections: int
-
-    @property
-    def has_tail(self) -> bool:
-        """Whether small classes are a part of all, neither nearly none nor nearly all."""
-        return tail_is_useful(self.num_small, self.num_present)
 
     @property
     def repeats(self) -> bool:

@@ -121,7 +121,7 @@ def heat(
         order: the texts in the order of both axes.
         height: in pixels; by default a row of text for each entry of ``order``.
     """
-    axis = {"labelLimit": _LABEL_LIMIT}
+    axis = {"labelLimit": _LABEL_LIMIT, "labelOverlap": False}
     encoding = {
         "x": {**_name(x, order), "axis": {**axis, "labelAngle": -60, "orient": "bottom"}},
         "y": {**_name(y, order), "axis": axis},

@@ -16,13 +16,14 @@ from ..errors import InputError
 def write_whole(path: str | os.PathLike, content: str | bytes) -> Path:
     """Write a file so that no reader, and no interruption, ever meets a part of it.
 
-    Folders are created. The text is UTF-8.
+    Folders are created. The text is UTF-8; half of a surrogate pair, which UTF-8 does not have,
+    becomes a question mark.
 
     Raises:
         InputError: the place cannot be written.
     """
     path = Path(path)
-    content = content.encode() if isinstance(content, str) else content
+    content = content.encode("utf-8", "replace") if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # In the same folder, since only there one step can replace the old file.
@@ -61,13 +62,18 @@ def write_json(path: str | os.PathLike, content: Any) -> Path:
 
 
 def finite(content: Any) -> Any:
-    """Return ``content`` as plain lists, dicts, texts and numbers; None for what is not finite."""
+    """Return ``content`` as JSON has it: lists, dicts, texts, finite numbers, and None for others.
+
+    Arrays become lists, and half of a surrogate pair in a text a question mark.
+    """
     if hasattr(content, "tolist"):  # arrays and numbers of numpy and torch
         content = content.tolist()
     if isinstance(content, dict):
         return {str(key): finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [finite(value) for value in content]
+    if isinstance(content, str):
+        return content.encode("utf-8", "replace").decode()
     if isinstance(content, float) and not math.isfinite(content):
         return None
     return content

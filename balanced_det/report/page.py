@@ -79,7 +79,10 @@ class Page:
         self._body.append(f'<div class="tiles">{tiles}</div>')
 
     def figure(self, specification: dict, caption: str) -> None:
-        """Add a figure of :mod:`.figures`; its caption is read in its place where none is drawn."""
+        """Add a figure of :mod:`.figures`; one without a row of data is told and not drawn."""
+        if not specification["data"]["values"]:
+            self.say(f"{caption} There is nothing to draw.")
+            return
         self._body.append(
             f'<figure><div class="figure" id="figure-{len(self._figures)}" role="img" '
             f'aria-label="{_text(caption)}"></div><figcaption>{_text(caption)}</figcaption></figure>'
