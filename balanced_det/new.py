@@ -106,7 +106,7 @@ def open_data(json_file: str | os.PathLike, images: str | os.PathLike | None = N
     """
     path = os.path.abspath(json_file)
     folder = find_images(path) if images is None else images and os.path.abspath(images)
-    name = _data_name(path)
+    name = _data_name(path, folder)
     cfg = get_cfg()
     add_balanced_det_config(cfg)
     cfg.BALANCE.DATASETS = [[name, path, str(folder)]]
@@ -151,12 +151,15 @@ def _first_image_names(json_file):
     return [name for name in names if name]
 
 
-def _data_name(path):
-    """A name that says where the data is; that of another file is another one."""
+def _data_name(path, folder):
+    """A name that says where the data is; that of another file or folder is another one."""
     stem = f"{os.path.basename(os.path.dirname(path))}_{Path(path).stem}"
     name = re.sub(r"\W+", "_", stem).strip("_") or "data"
     number, free = 1, name
-    while free in DatasetCatalog and MetadataCatalog.get(free).get("json_file") != path:
+    while free in DatasetCatalog and (path, folder or None) != (
+        MetadataCatalog.get(free).get("json_file"),
+        MetadataCatalog.get(free).get("image_root"),
+    ):
         number += 1
         free = f"{name}_{number}"
     return free

@@ -24,6 +24,7 @@ def open_page(path, tmp_path, width=1200, dark=False):
     frame.write_text(
         f'<body><iframe id="page" src="{path.as_uri()}" width="{width}" height="900"></iframe>'
         "<script>setInterval(() => { const d = page.contentDocument.documentElement;"
+        "if (!d) return;"  # not loaded yet
         "document.body.dataset.drawn = d.dataset.drawn;"
         "document.body.dataset.width = d.scrollWidth; }, 50)</script></body>"
     )
