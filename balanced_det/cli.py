@@ -4,8 +4,8 @@ A subcommand's module is imported only when it is called, so that ``--help`` ans
 """
 
 import importlib
-import importlib.util
 import sys
+from pathlib import Path
 
 from . import __version__
 from .errors import InputError
@@ -17,7 +17,7 @@ _COMMANDS = {
     "train": ("balanced_det.train", "train and evaluate a detector"),
     "compare": ("balanced_det.compare", "compare configs or finished runs"),
     "predict": ("balanced_det.predict", "detect objects in images"),
-    "evaluate": ("balanced_det.evaluation", "evaluate a file of detections"),
+    "evaluate": ("balanced_det.evaluation.__main__", "evaluate a file of detections"),
     "shapes": ("balanced_det.data.shapes", "generate a long-tailed data set"),
 }
 
@@ -51,8 +51,13 @@ def _available():
     return {
         name: (module, help_text)
         for name, (module, help_text) in _COMMANDS.items()
-        if importlib.util.find_spec(module) is not None
+        if _path(module).is_file()
     }
+
+
+def _path(module):
+    """A module's file, found without importing the packages that it is in."""
+    return Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
 
 def _usage(commands):
