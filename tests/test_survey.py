@@ -120,10 +120,11 @@ def test_groups_are_those_of_lvis_at_its_limits():
 # --- Anchors --------------------------------------------------------------------------------------
 
 
-def test_anchors_are_labelled_as_retinanet_labels_them():
+def test_anchors_are_labelled_as_detectron2s_retinanet_labels_them():
     cfg = config(RETINANET)
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (96,), 160
     fit = fit_anchors(cfg, RECORDS[:12])
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     model = build_model(cfg)
     counts = Counter()
     for record in RECORDS[:12]:
@@ -147,7 +148,7 @@ def test_anchors_are_labelled_as_retinanet_labels_them():
             torch.empty(1, 0, *(math.ceil(n / stride) for n in padded))
             for stride in (8, 16, 32, 64, 128)
         ]
-        labels = model.label_rows(features, instances)
+        (labels,), _ = model.label_anchors(model.anchor_generator(features), [instances])
         counts["foreground"] += int(((labels >= 0) & (labels < NUM_CLASSES)).sum())
         counts["background"] += int((labels == NUM_CLASSES).sum())
         counts["ignored"] += int((labels == -1).sum())
