@@ -6,14 +6,10 @@ needs no network, and the numbers beside it: ``analysis.json`` and ``classes.csv
 """
 
 import argparse
-import contextlib
 import dataclasses
 import logging
 import os
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +25,7 @@ from .data.statistics import COMMON_MAX_IMAGES, RARE_MAX_IMAGES, dataset_statist
 from .data.survey import Columns, NearDuplicates
 from .detectors.anchor_fit import IOU_BINS, MISSED_IOU, AnchorFit, fit_anchors
 from .errors import InputError
-from .report import Page, figures, write_csv, write_json
+from .report import Page, figures, telling, write_csv, write_json
 
 GROUPS = ("rare", "common", "frequent")
 _FEW = 25  # classes that a figure shows at once
@@ -770,26 +766,6 @@ def _is(items):
 
 
 # --- The command line -----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def telling(what: str, period: float = 3.0) -> Iterator[None]:
-    """Say on standard error what is being done, and every ``period`` seconds that it still is."""
-    done = threading.Event()
-    began = time.monotonic()
-
-    def tick():
-        while not done.wait(period):
-            print(f"  {what}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-
-    print(f"{what} ...", file=sys.stderr, flush=True)
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _megabytes(path):

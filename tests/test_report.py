@@ -1,17 +1,19 @@
 """Pages and the files beside them: whole, escaped, self-contained, drawn."""
 
 import csv
+import ctypes
 import html.parser
 import json
 import os
 import re
+import time
 
 import numpy as np
 import pytest
 from browser import open_page
 
 from balanced_det.errors import InputError
-from balanced_det.report import Page, figures, write_csv, write_json, write_whole
+from balanced_det.report import Page, figures, telling, write_csv, write_json, write_whole
 from balanced_det.report.files import finite
 
 NAMES = [
@@ -222,3 +224,24 @@ def test_json_holds_arrays_and_no_number_that_is_none(tmp_path):
         "3": [2, None],
         "ü": True,
     }
+
+
+# --- Progress -------------------------------------------------------------------------------------
+
+
+def test_work_that_never_lets_go_of_python_still_shows_signs_of_life(capfd):
+    # A call of PyDLL keeps Python's lock, as the reading of JSON does. The process that speaks
+    # starts in some 30 ms, so that 2 s are enough beside much other work.
+    with telling("Waiting", period=0.05):
+        ctypes.PyDLL(None).usleep(2_000_000)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "Waiting ..."
+    assert len(lines) > 2 and all(re.fullmatch(r"  Waiting: .*\d s", line) for line in lines[1:])
+
+
+def test_the_signs_end_with_the_work(capfd):
+    with pytest.raises(ValueError), telling("Failing", period=0.02):
+        raise ValueError
+    capfd.readouterr()
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""
