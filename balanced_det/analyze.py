@@ -266,6 +266,9 @@ def _about_imbalance(a):
         f"“{a.classes[most]}” is in {_n(a.image_count[most])} training images, "
         f"“{a.classes[least]}” in {_n(a.image_count[least])}: {_n(ratio)} to 1."
     )
+    most_objects = a.present[a.object_count[a.present].argmax()]
+    least_objects = a.present[a.object_count[a.present].argmin()]
+    object_ratio = a.object_count[most_objects] / a.object_count[least_objects]
     if len(a.present) == 1:
         return Conclusion(
             "imbalance",
@@ -273,7 +276,17 @@ def _about_imbalance(a):
             "background against objects.",
             f"“{a.classes[most]}” is in {_n(a.image_count[most])} training images.",
         )
-    if ratio < 10:
+    if ratio < 10 <= object_ratio:
+        text = (
+            "The classes are in about equally many images, but not as many objects: rows are out "
+            "of balance, and sampling images cannot change it."
+        )
+        numbers += (
+            f" “{a.classes[most_objects]}” has {_n(a.object_count[most_objects])} objects, "
+            f"“{a.classes[least_objects]}” {_n(a.object_count[least_objects])}: "
+            f"{_n(object_ratio)} to 1."
+        )
+    elif ratio < 10:
         text = (
             "The classes are about equally frequent: remedies for rare classes have little to do."
         )
@@ -294,7 +307,7 @@ def _about_tail(a):
         f"{rules.LVIS_TAIL_THRESHOLD} of the {_n(a.num_training)} training images, {_n(here)} in "
         f"fewer than {_tail_threshold(a):.3g}. On LVIS {rules.LVIS_TAIL_THRESHOLD} means "
         f"{COMMON_MAX_IMAGES} images; here {_tail_threshold(a):.3g} means "
-        f"{_n(_tail_threshold(a) * a.num_training)}."
+        f"{_n(int(_tail_threshold(a) * a.num_training))}."
     )
     if rules.tail_is_useful(here, total) and here <= rules.SUGGESTED_TAIL_SHARE * total:
         warning = (
@@ -390,7 +403,7 @@ def _about_duplicates(a):
     if not found:
         return None
     pairs = [
-        f"“{a.classes[i]}” and “{a.classes[j]}” {_n(count)} times"
+        f"“{a.classes[i]}” and “{a.classes[j]}” {'once' if count == 1 else f'{_n(count)} times'}"
         for (i, j), count in list(a.duplicates.class_pairs.items())[:3]
     ]
     return Conclusion(

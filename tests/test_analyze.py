@@ -123,6 +123,15 @@ def test_balanced_classes_are_left_alone(tmp_path):
     assert "no tail" in found["tail threshold"].text
 
 
+def test_classes_of_many_objects_in_as_many_images_are_told_apart(tmp_path):
+    crowded = [(i, 0, [5 * k, 5, 30, 30]) for i in range(20) for k in range(15)]
+    single = [(i, 1, [5, 99, 30, 30]) for i in range(20)]
+    data = write(tmp_path / "a.json", ["many", "one"], [(200, 200)] * 20, crowded + single)
+    found = conclusions(analyze.analyze_file(data, row_images=0))["imbalance"]
+    assert "not as many objects" in found.text
+    assert "“many” has 300 objects, “one” 20: 15 to 1." in found.numbers
+
+
 def test_a_config_is_analysed_as_it_would_be_trained(generated):
     analysis = analyze.analyze_config(
         load_config(

@@ -39,8 +39,8 @@ def points(
     if log_y:
         rows = [row for row in rows if row[y] and row[y] > 0]
     encoding = {
-        "x": _number(x, log_x),
-        "y": _number(y, log_y),
+        "x": _number(x, log_x, rows),
+        "y": _number(y, log_y, rows),
         "tooltip": _hover(rows),
         **_color(color, order),
     }
@@ -76,7 +76,7 @@ def bars(
             "title": x,
             "axis": {"labelLimit": _LABEL_LIMIT, "labelAngle": -40 if len(rows) > 6 else 0},
         },
-        "y": _number(y, log_y),
+        "y": _number(y, log_y, rows),
         "tooltip": _hover(rows),
         **_color(color, order),
     }
@@ -122,13 +122,16 @@ def heat(
         height: in pixels; by default a row of text for each entry of ``order``.
     """
     axis = {"labelLimit": _LABEL_LIMIT, "labelOverlap": False}
+    # On a narrow page upright names are left out where they would touch.
+    upright = {"labelAngle": -90, "labelOverlap": "greedy"} if len(order) > 4 else {"labelAngle": 0}
     encoding = {
-        "x": {**_name(x, order), "axis": {**axis, "labelAngle": -60, "orient": "bottom"}},
+        "x": {**_name(x, order), "axis": {**axis, **upright}},
         "y": {**_name(y, order), "axis": axis},
         "color": {
             "field": _field(value),
             "type": "quantitative",
             "title": value,
+            "scale": {"domainMin": 0},
             "legend": {"orient": "top", "gradientLength": 160},
         },
         "tooltip": _hover(rows),
@@ -169,11 +172,14 @@ def _field(name):
     return name.translate(str.maketrans({".": "_", "[": "(", "]": ")", "\\": "_", "'": "_"}))
 
 
-def _number(name, log):
-    scale: dict[str, Any] = {"type": "log", "nice": True} if log else {"zero": True}
+def _number(name, log, rows):
+    scale: dict[str, Any] = {"type": "log", "nice": False, "padding": 10} if log else {"zero": True}
     axis: dict[str, Any] = {"tickCount": 6}
     if log:
-        axis = {"format": "~s", "values": [10.0**power for power in range(-12, 13)]}
+        numbers = [row[name] for row in rows]
+        few = max(numbers, default=1) < 100 * min(numbers, default=1)
+        steps = (1, 2, 5) if few else (1,)
+        axis = {"format": "~s", "values": [s * 10.0**p for p in range(-12, 13) for s in steps]}
     return {
         "field": _field(name),
         "type": "quantitative",
