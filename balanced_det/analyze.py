@@ -335,11 +335,11 @@ def _about_tail(a):
     return Conclusion(
         "tail threshold",
         f"For EQL set TAIL_SHARE, 0.5 for example, instead of a threshold: one of "
-        f"{_tail_threshold(a):.3g} makes {_n(here)} of {_n(total)} classes tail, LVIS's "
-        f"{rules.LVIS_TAIL_THRESHOLD} {_n(lvis)}; a tail of nearly none or nearly all tells no "
-        "classes apart.",
+        f"{_tail_threshold(a):.3g} makes {_n(here)} of {_n(total)} classes tail, and LVIS's "
+        f"{rules.LVIS_TAIL_THRESHOLD} makes {_n(lvis)}; a tail of nearly none or nearly all tells "
+        "no classes apart.",
         numbers,
-        kind="warn",
+        kind="do",
     )
 
 

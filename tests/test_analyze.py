@@ -112,7 +112,7 @@ def test_a_share_is_suggested_where_all_classes_are_small(tmp_path):
     counts = [60] + [3 + i for i in range(20)]
     data = many(tmp_path / "a.json", [f"class {i}" for i in range(21)], counts, 200)
     found = conclusions(analyze.analyze_file(data, row_images=0))["tail threshold"]
-    assert "TAIL_SHARE" in found.text and "20 of 21" in found.text and found.kind == "warn"
+    assert "TAIL_SHARE" in found.text and "20 of 21" in found.text and found.kind == "do"
 
 
 def test_balanced_classes_are_left_alone(tmp_path):

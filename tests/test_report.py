@@ -166,6 +166,25 @@ def test_a_logarithmic_axis_leaves_out_what_it_cannot_show():
     assert kept == [{"x": 3, "y": 1}]
 
 
+@pytest.mark.parametrize(
+    "numbers, marks",
+    [
+        ([0.003, 5000], [10.0**p for p in range(-3, 5)]),
+        ([1, 60], [1, 2, 5, 10, 20, 50, 100, 200, 500]),
+        ([3, 4], None),
+    ],
+)
+def test_marks_of_a_logarithmic_axis_suit_its_range(numbers, marks):
+    rows = [{"x": x, "y": 1} for x in numbers]
+    axis = figures.points(rows, "x", "y", log_x=True)["encoding"]["x"]["axis"]
+    assert axis.get("values") == (None if marks is None else pytest.approx(marks))
+
+
+def test_bars_of_counts_have_no_mark_below_one():
+    figure = figures.bars([{"x": "a", "y": 3}], "x", "y", log_y=True)
+    assert min(figure["encoding"]["y"]["axis"]["values"]) == 1
+
+
 @pytest.mark.parametrize("width, dark", [(390, False), (390, True), (1200, False)])
 def test_a_browser_draws_every_figure_without_an_error(width, dark, tmp_path):
     path = full_page().write(tmp_path / "page.html")

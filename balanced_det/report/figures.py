@@ -7,6 +7,7 @@ out when the page is written.
 Source: https://vega.github.io/vega-lite/docs
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,6 +84,8 @@ def bars(
     if log_y:
         encoding["y2"] = {"field": "_base"}
         encoding["y"]["scale"] = {"type": "log", "domainMin": 0.5, "nice": False}
+        # Bars count something: marks begin at 1.
+        encoding["y"]["axis"] = _log_axis(1, max((row[y] for row in rows), default=1), least=1)
     return _figure(rows, {"type": "bar"}, encoding, height)
 
 
@@ -175,11 +178,9 @@ def _field(name):
 def _number(name, log, rows):
     scale: dict[str, Any] = {"type": "log", "nice": False, "padding": 10} if log else {"zero": True}
     axis: dict[str, Any] = {"tickCount": 6}
-    if log:
+    if log and rows:
         numbers = [row[name] for row in rows]
-        few = max(numbers, default=1) < 100 * min(numbers, default=1)
-        steps = (1, 2, 5) if few else (1,)
-        axis = {"format": "~s", "values": [s * 10.0**p for p in range(-12, 13) for s in steps]}
+        axis = _log_axis(min(numbers), max(numbers))
     return {
         "field": _field(name),
         "type": "quantitative",
@@ -187,6 +188,15 @@ def _number(name, log, rows):
         "scale": scale,
         "axis": axis,
     }
+
+
+def _log_axis(low, high, least=10):
+    """Mark powers of ten, below two of them 2 and 5 as well; below ``least`` Vega's own marks."""
+    if high < least * low:
+        return {"tickCount": 6}
+    steps = (1,) if high >= 100 * low else (1, 2, 5)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return {"format": "~s", "values": [step * 10.0**p for p in powers for step in steps]}
 
 
 def _name(name, order):
