@@ -8,7 +8,7 @@ except ModuleNotFoundError as error:
         "or install Detectron2 for your torch."
     ) from error
 
-from .. import pyramid  # noqa: F401  (registers the backbone)
+from .. import backbones, pyramid  # noqa: F401  (registers the backbones)
 from .fcos import BalancedFCOS
 from .rcnn import BalancedCascadeROIHeads, BalancedFastRCNNOutputLayers, BalancedROIHeads
 from .retinanet import BalancedRetinaNet
