@@ -16,7 +16,7 @@ setup(
         "torch>=2.0",
         "torchvision",
         "numpy",
-        "faster-coco-eval>=1.8",
+        "hotcoco>=1.3",
         "opencv-python-headless",
         "pycocotools",
         "tabulate",
@@ -24,7 +24,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "dev": ["faster-coco-eval", "hypothesis", "pytest", "pytest-xdist", "ruff"],
         "report": ["matplotlib"],
     },
 )

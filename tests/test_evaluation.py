@@ -144,6 +144,11 @@ def noisy_detections(lvis, seed):
     return detections
 
 
+def as_ours(theirs):
+    """The package's AR@300, ARs@300, ... under our names."""
+    return {name.partition("@")[0]: value for name, value in theirs.items()}
+
+
 @pytest.fixture
 def lvis_package(monkeypatch):
     # The package still uses an alias that numpy has dropped.
@@ -167,7 +172,7 @@ def test_real_annotations_give_the_numbers_of_the_lvis_package(iou_type, lvis_pa
     truth = lvis_package.LVIS(str(LVIS_FILE))
     oracle = lvis_package.LVISEval(truth, lvis_package.LVISResults(truth, rows), iou_type)
     oracle.run()
-    theirs = oracle.get_results()
+    theirs = as_ours(oracle.get_results())
 
     assert 0.05 < ours["AP"] < 0.95
     for metric in METRICS:
@@ -197,6 +202,10 @@ def test_a_missed_object_and_a_loose_box_give_the_values_worked_out_by_hand():
             "APr": half,
             "APc": 0.7,
             "APf": 0.0,
+            "AR": (0.5 + 0.7 + 0) / 3,
+            "ARs": 0.5,
+            "ARm": 0.7,
+            "ARl": 0.0,
         },
         abs=SAME,
     )
@@ -304,15 +313,18 @@ def test_objects_may_be_numbered_from_zero():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a, d: a.pop("categories"), "no list of `categories`"),
-        (lambda a, d: a.update(categories=[]), "lists no category"),
-        (lambda a, d: a["images"][0].update(id="one"), "`images` has no integer `id`"),
+        (lambda a, d: a.pop("categories"), "no list 'categories'"),
+        (lambda a, d: a.update(categories=[]), "an empty list 'categories'"),
+        (lambda a, d: a["images"][0].update(id="one"), "the image id 'one' is not an integer"),
         (
             lambda a, d: a["annotations"][1].update(category_id=99),
-            "annotation 2 has category_id 99",
+            "annotation 2 uses category id 99",
         ),
-        (lambda a, d: a["annotations"][1].update(image_id=99), "annotation 2 has image_id 99"),
-        (lambda a, d: a["annotations"][1].update(bbox=[1, 2]), "annotation 2 has no `bbox`"),
+        (lambda a, d: a["annotations"][1].update(image_id=99), "annotation 2 uses image id 99"),
+        (
+            lambda a, d: a["annotations"][1].update(bbox=[1, 2]),
+            "'bbox' of annotation 2 is not four numbers",
+        ),
         (lambda a, d: a["categories"][0].update(frequency="x"), "category 12 has frequency 'x'"),
         (lambda a, d: d[2].update(image_id=99), "Detection 2 has image_id 99"),
         (lambda a, d: d[2].update(category_id=0), "Detection 2 has category_id 0"),
@@ -339,9 +351,9 @@ def test_masks_need_masks():
 def test_unreadable_files_are_named(tmp_path):
     truncated = tmp_path / "truncated.json"
     truncated.write_text('{"images": [')
-    with pytest.raises(InputError, match="truncated.json' is not valid JSON"):
+    with pytest.raises(InputError, match="truncated.json' is no valid JSON"):
         evaluate_lvis(truncated, [])
-    with pytest.raises(InputError, match="absent.json' cannot be read"):
+    with pytest.raises(InputError, match="absent.json' does not exist"):
         evaluate_lvis(tmp_path / "absent.json", [])
 
 
@@ -414,6 +426,9 @@ def test_the_evaluator_reports_percent_and_writes_both_files(register, tmp_path,
 
     expected = {"AP": 100 / 3, "AP50": 100 / 3, "AP75": 100 / 3, "APs": 100.0, "APm": 0.0}
     expected |= {"APl": 0.0, "APr": 100.0, "APc": 0.0, "APf": 0.0}
+    expected |= {"AR": 100 / 3, "ARs": 100.0, "ARm": 0.0, "ARl": 0.0}
+    # No limit was met, so fixed AP is AP.
+    expected |= {f"{name}fixed": expected[name] for name in ("AP", "APr", "APc", "APf")}
     assert list(results) == ["bbox", "segm"]
     for numbers in results.values():
         assert numbers == pytest.approx(expected, abs=100 * SAME)
@@ -428,6 +443,8 @@ def test_the_evaluator_reports_percent_and_writes_both_files(register, tmp_path,
     rows = json.loads((tmp_path / "out/lvis_instances_results.json").read_text())
     assert [(row["image_id"], row["category_id"]) for row in rows] == [(1, 7), (2, 7)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "lvis_classes.csv",
+        "lvis_classes.json",
         "lvis_instances_results.json",
         "lvis_results.json",
     ]

@@ -280,9 +280,7 @@ def _by_id(entries, kind, source) -> Iterator[tuple[int, Mapping]]:
             raise InputError(f"{source}: the {kind} {shortened(entry)} has no 'id'.")
         entry_id = integer(entry["id"])
         if entry_id is None:
-            raise InputError(
-                f"{source}: the 'id' of a {kind} is {shortened(entry['id'])}, not an integer."
-            )
+            raise InputError(f"{source}: the {kind} id {shortened(entry['id'])} is not an integer.")
         if entry_id in by_id:
             raise InputError(f"{source} lists {kind} id {entry_id} twice.")
         by_id[entry_id] = entry

@@ -264,6 +264,11 @@ def check_masks(cfg):
                 )
 
 
+def is_builtin(name):
+    """Whether ``name`` is one of Detectron2's own COCO or LVIS data sets."""
+    return name in _BUILTIN_NAMES
+
+
 # --- Registration ---------------------------------------------------------------------------------
 
 
