@@ -14,7 +14,12 @@ from tabulate import tabulate
 
 from .config import add_balanced_det_config
 from .criterion import Criterion
-from .data.registration import check_num_classes, register_datasets, training_statistics
+from .data.registration import (
+    check_masks,
+    check_num_classes,
+    register_datasets,
+    training_statistics,
+)
 from .detectors.counting import fit_to_training_data
 from .errors import InputError
 from .evaluation import build_evaluator
@@ -253,6 +258,7 @@ def check_run(cfg, eval_only=False, resume=False, num_workers=1):
         check_model_classes(cfg, cfg.DATASETS.TRAIN)
         if cfg.BALANCE.GRADIENT_FIGURE_PERIOD:
             PlotGradients(cfg.BALANCE.GRADIENT_FIGURE_PERIOD, cfg.OUTPUT_DIR)  # for its checks
+    check_masks(cfg, eval_only)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"

@@ -39,13 +39,14 @@ class _Read:
 
     Attributes:
         classes: names as in the file, by contiguous id; Detectron2's own data sets have others.
-        has_masks: at least one object has a mask.
-        without_mask: the name of the first object to train on that has none, or None.
+        trained_without_mask: the name of the first object to train on that has no mask, or None.
+        odd_one_without_mask: the name of the first object of all that has none where others have
+            one, or None.
     """
 
-    classes: list
-    has_masks: bool
-    without_mask: str | None
+    classes: tuple = ()
+    trained_without_mask: str | None = None
+    odd_one_without_mask: str | None = None
 
 
 def register_datasets(cfg):
@@ -119,16 +120,17 @@ def load_detections(json_file, image_root, dataset_name=None):
     contiguous_ids = {category.id: i for i, category in enumerate(data.categories)}
     if dataset_name is not None:
         _set_metadata(dataset_name, json_file, image_root, data.categories, contiguous_ids)
-        _read[dataset_name] = _Read(
-            [category.name for category in data.categories],
-            data.has_some_masks(),
-            _first_without_mask(data),
-        )
 
     file_names = _locate_images(data.images, image_root, json_file)
     records = [_record(image, file_names[image.id], json_file) for image in data.images]
     sizes = np.array([(record["width"], record["height"]) for record in records])  # (images, 2)
     boxes, usable, clipped = _clip_boxes(data.boxes, sizes[data.image])
+    if dataset_name is not None:
+        _read[dataset_name] = _Read(
+            tuple(category.name for category in data.categories),
+            _first_without_mask(data, usable & ~data.crowd & ~data.ignore),
+            _first_without_mask(data, np.full(len(data), data.has_some_masks())),
+        )
     masks = zip(data.segmentation, boxes.tolist(), usable.tolist())
     clipped_objects = without_corners = 0
     for index, (mask, box, is_usable) in enumerate(masks):
@@ -243,24 +245,28 @@ def check_same_classes(cfg, name):
         )
 
 
-def check_masks(cfg):
+def check_masks(cfg, eval_only=False):
     """Check that what ``MODEL.MASK_ON`` trains and evaluates has masks, where it is known.
+
+    Args:
+        cfg: a configuration whose data sets are registered.
+        eval_only: the training set is not looked at.
 
     Raises:
         InputError: an object to train on has none; or of a test set some have, and others not.
     """
     if not cfg.MODEL.MASK_ON:
         return
-    for key, names in (("TRAIN", cfg.DATASETS.TRAIN), ("TEST", cfg.DATASETS.TEST)):
-        for name in names:
-            _class_names(name)
-            read = _read.get(name)
-            if read is None or read.without_mask is None:
-                continue
-            if key == "TRAIN" or read.has_masks:
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if name not in _read:
+                DatasetCatalog.get(name)  # another's data set stays unknown
+            read = _read.get(name, _Read())
+            missing = read.trained_without_mask if key == "TRAIN" else read.odd_one_without_mask
+            if missing:
                 raise InputError(
                     f"MODEL.MASK_ON is True, but in '{MetadataCatalog.get(name).json_file}' "
-                    f"{read.without_mask} has no mask."
+                    f"{missing} has no mask."
                 )
 
 
@@ -348,8 +354,8 @@ def _class_names(name):
 
 def _file_classes(name):
     """The class names as the annotation file has them, else as the metadata has them."""
-    classes = list(_class_names(name))
-    return _read[name].classes if name in _read else classes
+    classes = _class_names(name)
+    return list(_read[name].classes if name in _read else classes)
 
 
 def _class_text(classes, index):
@@ -432,11 +438,10 @@ def _as_detectron2_takes_it(mask):
     return mask_util.frPyObjects(dict(mask), *mask["size"])  # uncompressed
 
 
-def _first_without_mask(data):
-    """The name of the first object to train on that has no mask; None where all have one."""
-    trained = ~(data.crowd | data.ignore)
-    for index, mask in enumerate(data.segmentation):
-        if mask is None and trained[index]:
+def _first_without_mask(data, among):
+    """The name of the first object that has no mask, of those that ``among`` (n,) marks; or None."""
+    for index in np.flatnonzero(among):
+        if data.segmentation[index] is None:
             return data.named(index)
     return None
 

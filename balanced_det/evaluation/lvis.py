@@ -371,7 +371,7 @@ class Matcher:
         if self._iou_type == "segm":
             entry["segmentation"] = _as_run_lengths(truth.segmentation[index], image)
             if np.isnan(area):
-                area = float(hotcoco.mask.area(entry["segmentation"]))
+                area = _mask_area(entry["segmentation"], image)
         elif np.isnan(area):
             area = max(width, 0.0) * max(height, 0.0)
         return {**entry, "area": area}
@@ -434,6 +434,14 @@ def _as_run_lengths(mask, image):
     if not mask:  # polygons, of which none has three corners
         return {"size": [image.height, image.width], "counts": [image.height * image.width]}
     return mask
+
+
+def _mask_area(mask, image):
+    """Pixels of polygons or run lengths."""
+    if isinstance(mask, list):
+        parts = [hotcoco.mask.fr_poly(polygon, image.height, image.width) for polygon in mask]
+        mask = hotcoco.mask.merge(parts)
+    return float(hotcoco.mask.area(mask))
 
 
 def _mask_areas(masks, image):
