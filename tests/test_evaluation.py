@@ -1,5 +1,6 @@
 import copy
 import json
+import logging
 import math
 import types
 from pathlib import Path
@@ -13,14 +14,17 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as masks
 
+from balanced_det.data.annotations import read_annotations
 from balanced_det.errors import InputError
 from balanced_det.evaluation import (
     METRICS,
     BalancedLVISEvaluator,
     build_evaluator,
     evaluate_lvis,
+    fixed_result,
     lvis_result,
 )
+from balanced_det.evaluation.detections import read_detections
 
 LVIS_FILE = Path(__file__).parents[2] / "shared/data/lvis_v0.5_val_100.json"
 
@@ -177,6 +181,157 @@ def test_real_annotations_give_the_numbers_of_the_lvis_package(iou_type, lvis_pa
     assert 0.05 < ours["AP"] < 0.95
     for metric in METRICS:
         assert ours[metric] == pytest.approx(theirs[metric], abs=SAME), metric
+
+
+def rectangle(x, y, w, h, size=(60, 80)):
+    """Run lengths of a rectangle; one without a side is empty."""
+    mask = np.zeros(size, dtype=np.uint8, order="F")
+    mask[y : y + h, x : x + w] = 1
+    return masks.encode(mask)
+
+
+def random_case(generator):
+    """A few images, classes and objects with everything that LVIS's protocol knows, and detections.
+
+    Coordinates are whole and scores are tenths, so that equal overlaps and scores occur.
+    """
+    classes = (generator.permutation(9)[: generator.integers(1, 5)] + 1).tolist()
+    images = [
+        {
+            "id": int(i),
+            "height": 60,
+            "width": 80,
+            "neg_category_ids": generator.permutation(classes)[: generator.integers(3)].tolist(),
+            "not_exhaustive_category_ids": [c for c in classes if generator.random() < 0.2],
+        }
+        for i in generator.permutation(20)[: generator.integers(1, 6)]
+    ]
+
+    def box(near=None):
+        if near is not None:
+            corner, side = np.split(np.array(near) + generator.integers(-2, 3, 4), 2)
+        else:
+            corner, side = generator.integers(0, 40, 2), generator.integers(1, 45, 2)
+        corner = np.clip(corner, 0, 50)
+        side = np.clip(side, 0 if generator.random() < 0.1 else 1, 60 - corner.max())
+        return [*map(int, corner), *map(int, side)]
+
+    annotations, detections = [], []
+    for image in images:
+        for _ in range(generator.integers(0, 7)):
+            x, y, w, h = sides = box()
+            corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image["id"],
+                    "category_id": int(generator.choice(classes)),
+                    "bbox": sides,
+                    # At times that of another object, so that sizes and boxes differ.
+                    "area": float(w * h if generator.random() < 0.8 else generator.integers(3000)),
+                    "segmentation": [corners] if generator.random() < 0.7 else rectangle(*sides),
+                    "ignore": int(generator.random() < 0.1),
+                }
+            )
+        for _ in range(generator.integers(0, 12)):
+            here = [a for a in annotations if a["image_id"] == image["id"]]
+            near = here[generator.integers(len(here))] if here and generator.random() < 0.8 else {}
+            sides = box(near.get("bbox"))
+            same = near and generator.random() < 0.9
+            detections.append(
+                {
+                    "image_id": image["id"],
+                    "category_id": near["category_id"] if same else int(generator.choice(classes)),
+                    "bbox": sides,
+                    "score": round(float(generator.integers(1, 10)) / 10, 1),
+                    "segmentation": rectangle(*sides),
+                }
+            )
+    categories = [
+        {"id": c, "name": f"class {c}", "frequency": str(generator.choice(list("rcf")))}
+        for c in classes
+    ]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    return content, detections
+
+
+def lvis_numbers(package, content, detections, iou_type, max_dets=300):
+    """What the `lvis` package says, under our names."""
+    truth = package.LVIS.__new__(package.LVIS)
+    truth.logger = logging.getLogger("lvis")
+    truth.dataset = copy.deepcopy(content)
+    truth._create_index()
+    shape = "bbox" if iou_type == "bbox" else "segmentation"
+    keys = ("image_id", "category_id", "score", shape)
+    rows = [{key: row[key] for key in keys} for row in copy.deepcopy(detections)]
+    oracle = package.LVISEval(truth, package.LVISResults(truth, rows, max_dets), iou_type)
+    oracle.run()
+    return as_ours(oracle.get_results())
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_random_cases_give_the_numbers_of_the_lvis_package(iou_type, lvis_package):
+    compared = 0
+    for seed in range(130):
+        generator = np.random.default_rng(seed)
+        content, detections = random_case(generator)
+        if not detections:
+            continue  # the package fails
+        max_dets = int(generator.choice([3, 300]))
+        ours = evaluate_lvis(content, detections, iou_type, max_dets)
+        theirs = lvis_numbers(lvis_package, content, detections, iou_type, max_dets)
+        for metric in METRICS:
+            assert ours[metric] == pytest.approx(theirs[metric], abs=SAME), (seed, metric)
+        compared += 0 < ours["AP"] < 1
+    assert compared > 60  # most cases have something to compare
+
+
+def test_many_detections_of_an_image_count_where_they_may(lvis_package):
+    content = hand_made()
+    generator = np.random.default_rng(0)
+    alarms = [
+        box_detection(1, 9, [*generator.integers(0, 100, 2).tolist(), 30, 30], 0.99)
+        for _ in range(350)
+    ]
+    found = [*alarms, *PERFECT]
+    for max_dets in (300, 400):
+        ours = evaluate_lvis(content, found, "bbox", max_dets)
+        theirs = lvis_numbers(lvis_package, content, found, "bbox", max_dets)
+        assert ours == pytest.approx({metric: theirs[metric] for metric in METRICS}, abs=SAME)
+    assert evaluate_lvis(content, found, "bbox", 300)["APr"] < 1
+    assert evaluate_lvis(content, found, "bbox", 400)["APr"] == 1
+
+
+def test_empty_masks_are_left_out_after_the_limit_of_an_image(lvis_package):
+    content = hand_made()
+    content["annotations"].append(box_object(9, 1, 9, (0, 0, 0, 0)))
+    nothing = {**box_detection(1, 9, (0, 0, 30, 30), 0.95), "segmentation": rectangle(0, 0, 0, 0)}
+    nothing["segmentation"]["size"] = [200, 200]
+    nothing["segmentation"]["counts"] = masks.encode(
+        np.zeros((200, 200), dtype=np.uint8, order="F")
+    )["counts"]
+    found = [nothing, *PERFECT]
+    assert evaluate_lvis(content, found, "segm")["AP"] == 1.0
+    # It takes a place among the best of its image all the same.
+    for max_dets in (1, 2, 300):
+        ours = evaluate_lvis(content, found, "segm", max_dets)
+        theirs = lvis_numbers(lvis_package, content, found, "segm", max_dets)
+        assert ours == pytest.approx({metric: theirs[metric] for metric in METRICS}, abs=SAME)
+    assert evaluate_lvis(content, found, "segm", 2)["APc"] == 0.0
+
+
+def test_fixed_ap_counts_the_best_of_each_class_in_any_image():
+    alarms = [box_detection(1, 9, (5, 5, 30, 30), 0.99) for _ in range(3)]
+    truth = read_annotations(hand_made())
+    found = read_detections([*alarms, *PERFECT], truth, "bbox")
+
+    # Three false alarms take all places of the image: nothing else in it is found.
+    assert evaluate_lvis(hand_made(), [*alarms, *PERFECT], max_dets=3)["APr"] < 1
+    fixed = fixed_result(truth, found, per_class=3)
+    assert fixed.metrics["APr"] == fixed.metrics["APf"] == 1.0
+    assert fixed.metrics["APc"] == 0.0  # the object is the fourth of its class
+    assert fixed_result(truth, found, per_class=4).metrics["APc"] == pytest.approx(0.25, abs=SAME)
+    assert fixed.protocol["max_dets_per_class"] == 3
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])

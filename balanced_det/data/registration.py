@@ -439,7 +439,7 @@ def _as_detectron2_takes_it(mask):
 
 
 def _first_without_mask(data, among):
-    """The name of the first object that has no mask, of those that ``among`` (n,) marks; or None."""
+    """The name of the first object without a mask, of those that ``among`` (n,) marks; or None."""
     for index in np.flatnonzero(among):
         if data.segmentation[index] is None:
             return data.named(index)

@@ -131,9 +131,10 @@ def read_detection_file(path: str | os.PathLike) -> list:
         ) from None
     except json.JSONDecodeError as error:
         byte = len(text[: error.pos].encode("utf-8"))
+        reason = error.msg.removesuffix(" at")
         cut = f"it is cut short at byte {len(raw)}: " if not _is_closed(raw) else ""
         raise InputError(
-            f"The detection file '{path}' is no valid JSON, {cut}{error.msg} at byte {byte}."
+            f"The detection file '{path}' is no valid JSON, {cut}{reason} at byte {byte}."
         ) from None
     except ValueError as error:  # integers of thousands of digits
         raise InputError(f"The detection file '{path}' is no valid JSON: {error}.") from None

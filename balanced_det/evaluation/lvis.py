@@ -202,16 +202,17 @@ class Matcher:
         if iou_type == "segm":
             _check_masks(truth)
         params = hotcoco.Params(iou_type)
-        # Its own limit is per image and class: out of the way, ours is applied before.
-        params.max_dets = [max_dets or 10**9]
+        # Its limit is of an image and class: out of the way, ours is applied before. Its own LVIS
+        # mode has a limit of 300 an image that cannot be changed, so what LVIS adds to COCO is done
+        # here: `_looked_for` and `_region_entry`.
+        params.max_dets = [10**9]
         categories = [{"id": c + 1, "name": str(c)} for c in range(len(truth.categories))]
-        self._state = hotcoco.StreamingEval(categories, iou_type, lvis_style=True, params=params)
+        self._state = hotcoco.StreamingEval(categories, iou_type, params=params)
         self._given = np.zeros(len(truth.images), dtype=bool)
         self._waiting = []
         self._rows = _objects(truth)  # indices of the objects that count
         self._objects_of = _grouped(truth.image[self._rows], len(truth.images))
-        # Category id -> id for the library, which counts classes from 1.
-        self._class_index = {c.id: i + 1 for i, c in enumerate(truth.categories)}
+        self._class_index = {category.id: c for c, category in enumerate(truth.categories)}
 
     def update(
         self,
@@ -253,6 +254,7 @@ class Matcher:
         rows[:, 5] = scores[order]
         rows[:, 6] = category[order] + 1
         counted = (area > 0) & (area < np.inf)  # as the `lvis` package
+        counted &= self._looked_for(image, category[order])
         masks = [mask for mask, is_counted in zip(masks, counted) if is_counted]
         self._waiting.append((image, rows[counted], masks))
         if len(self._waiting) >= self._BATCH:
@@ -322,37 +324,57 @@ class Matcher:
             self._protocol(),
         )
 
+    def _looked_for(self, image, category):
+        """(n,) bool: whether the image's annotators looked for the class."""
+        negative = self._truth.images[image].neg_category_ids
+        if negative is None:
+            return np.ones(len(category), dtype=bool)  # COCO: for every class
+        present = self._truth.category[self._rows[self._objects_of[image]]].tolist()
+        return np.isin(category, present + self._listed(negative))
+
+    def _listed(self, category_ids):
+        """The classes of ids; ids that are no class's have no effect, as in `lvis`."""
+        return [self._class_index[i] for i in category_ids if i in self._class_index]
+
     def _match(self):
         """Give the waiting images to the library, with their objects."""
         if not self._waiting:
             return
         images, objects, masks = [], [], []
         for image, rows, image_masks in self._waiting:
+            entry = self._truth.images[image]
             objects_here = self._rows[self._objects_of[image]]
-            images.append(self._image_entry(image, rows))
+            images.append({"id": image + 1, "height": entry.height or 1, "width": entry.width or 1})
             objects.extend(self._object_entry(int(index)) for index in objects_here)
+            found = set(rows[:, 6].astype(int).tolist())
+            objects.extend(
+                self._region_entry(image, c)
+                for c in self._listed(entry.not_exhaustive_category_ids or ())
+                if c + 1 in found
+            )
             masks.extend(image_masks)
         rows = np.concatenate([rows for _, rows, _ in self._waiting])
         shapes = {"segmentation": masks} if self._iou_type == "segm" else {}
         self._state.update(images, objects, rows, **shapes)
         self._waiting = []
 
-    def _image_entry(self, image, rows):
-        entry = self._truth.images[image]
-        index = self._class_index
-        if entry.neg_category_ids is None:
-            # COCO: looked for everywhere. Only classes that are detected make a difference.
-            negative = np.unique(rows[:, 6]).astype(int).tolist()
-        else:
-            negative = [index[i] for i in entry.neg_category_ids if i in index]
-        not_exhaustive = entry.not_exhaustive_category_ids or ()
-        return {
-            "id": image + 1,
-            "height": entry.height or 1,
-            "width": entry.width or 1,
-            "neg_category_ids": negative,
-            "not_exhaustive_category_ids": [index[i] for i in not_exhaustive if i in index],
+    def _region_entry(self, image, c):
+        """A crowd that holds the whole image, for a class of which not all objects are annotated.
+
+        A detection that matches no object lies in it, so it is ignored, as LVIS has it.
+        """
+        entry = {
+            "id": len(self._truth) + 1 + image * len(self._truth.categories) + c,
+            "image_id": image + 1,
+            "category_id": c + 1,
+            "bbox": [-1e7, -1e7, 2e7, 2e7],
+            "area": 4e14,
+            "iscrowd": 1,
         }
+        if self._iou_type == "segm":
+            height, width = self._truth.images[image].height, self._truth.images[image].width
+            entry["segmentation"] = {"size": [height, width], "counts": [0, height * width]}
+        return entry
 
     def _object_entry(self, index):
         truth = self._truth
@@ -365,7 +387,6 @@ class Matcher:
             "category_id": int(truth.category[index]) + 1,
             "bbox": [x, y, width, height],
             "iscrowd": int(truth.crowd[index]),
-            "ignore": int(truth.ignore[index]),
         }
         area = float(truth.area[index])
         if self._iou_type == "segm":
@@ -374,7 +395,8 @@ class Matcher:
                 area = _mask_area(entry["segmentation"], image)
         elif np.isnan(area):
             area = max(width, 0.0) * max(height, 0.0)
-        return {**entry, "area": area}
+        # An area in no range of sizes is LVIS's way to ignore an object.
+        return {**entry, "area": -1.0 if truth.ignore[index] else area}
 
     def _protocol(self):
         federated = any(image.neg_category_ids is not None for image in self._truth.images)
