@@ -1,4 +1,5 @@
 import copy
+import csv
 import json
 import logging
 import math
@@ -10,8 +11,9 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, LVISEvaluator
 from detectron2.structures import Boxes, Instances
+from distributed import run_workers
 from pycocotools import mask as masks
 
 from balanced_det.data.annotations import read_annotations
@@ -24,7 +26,9 @@ from balanced_det.evaluation import (
     fixed_result,
     lvis_result,
 )
-from balanced_det.evaluation.detections import read_detections
+from balanced_det.evaluation.__main__ import main as evaluate_files
+from balanced_det.evaluation.detections import read_detections, texts_of
+from balanced_det.evaluation.per_class import class_rows, write_classes
 
 LVIS_FILE = Path(__file__).parents[2] / "shared/data/lvis_v0.5_val_100.json"
 
@@ -663,3 +667,242 @@ def test_the_evaluator_fits_the_data_set(register):
     voc = register(hand_made(), "pascal_voc")
     with pytest.raises(InputError, match=f"'{voc}' has evaluator_type 'pascal_voc'"):
         build_evaluator(cfg, voc)
+
+
+# --- Beside Detectron2's evaluator, with several workers, and interrupted -------------------------
+
+
+def larger_case(seed=3, images=7):
+    """Random images in one file, with the detections of each as the model gives them."""
+    generator = np.random.default_rng(seed)
+    categories = [
+        {"id": c, "name": f"class {c}", "frequency": group} for c, group in zip((2, 5, 9), "rcf")
+    ]
+    content = {"categories": categories, "images": [], "annotations": []}
+    for image_id in range(1, images + 1):
+        content["images"].append(
+            {
+                "id": image_id,
+                "height": 60,
+                "width": 80,
+                "neg_category_ids": [2, 5],
+                "not_exhaustive_category_ids": [9] if image_id % 2 else [],
+            }
+        )
+        for _ in range(4):
+            x, y = generator.integers(0, 40, 2).tolist()
+            number = len(content["annotations"]) + 1
+            category = int(generator.choice([2, 5, 9]))
+            content["annotations"].append(box_object(number, image_id, category, (x, y, 15, 12)))
+    inputs, outputs = [], []
+    for image in content["images"]:
+        inputs.append({"image_id": image["id"]})
+        outputs.append({"instances": some_instances(content, image["id"], generator)})
+    return content, inputs, outputs
+
+
+def some_instances(content, image_id, generator):
+    """Each object of an image, some off, some twice, and one detection of an empty mask."""
+    near = [a for a in content["annotations"] if a["image_id"] == image_id] * 2
+    corners = np.array([a["bbox"][:2] for a in near]) + generator.integers(0, 4, (len(near), 2))
+    boxes = np.concatenate([corners, corners + (15, 12)], axis=1)
+    instances = Instances((60, 80), pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
+    instances.scores = torch.from_numpy(generator.random(len(near), dtype=np.float32))
+    instances.pred_classes = torch.tensor([[2, 5, 9].index(a["category_id"]) for a in near])
+    instances.pred_masks = torch.zeros(len(near), 60, 80, dtype=torch.bool)
+    for index, (x1, y1, x2, y2) in enumerate(boxes[:-1]):  # the last mask is empty
+        instances.pred_masks[index, y1:y2, x1:x2] = True
+    return instances
+
+
+def test_detectron2s_own_evaluator_says_the_same(register, lvis_package):
+    content, inputs, outputs = larger_case()
+    results = []
+    for evaluator in (
+        LVISEvaluator(register(content), distributed=False),
+        BalancedLVISEvaluator(register(content), distributed=False),
+    ):
+        evaluator.reset()
+        evaluator.process(inputs, outputs)
+        results.append(evaluator.evaluate())
+    theirs, ours = results
+    for task in ("bbox", "segm"):
+        assert 1 < ours[task]["AP"] < 99
+        for metric, value in theirs[task].items():
+            # The boxes of the file are shortened to what a float32 holds; those here are whole.
+            expected = math.nan if value == -100 else value
+            assert ours[task][metric] == pytest.approx(expected, abs=100 * SAME, nan_ok=True)
+
+
+def register_here(name, json_file):
+    MetadataCatalog.get(name).set(
+        json_file=str(json_file),
+        evaluator_type="lvis",
+        thing_dataset_id_to_contiguous_id={2: 0, 5: 1, 9: 2},
+    )
+
+
+def evaluate_a_share(rank, json_file, out, num_workers):
+    register_here("evaluation_of_workers", json_file)
+    _, inputs, outputs = larger_case()
+    share = np.array_split(np.arange(len(inputs)), num_workers)[rank]
+    evaluator = BalancedLVISEvaluator("evaluation_of_workers", out)
+    evaluator.reset()
+    for index in share:
+        evaluator.process([inputs[index]], [outputs[index]])
+    return evaluator.evaluate()
+
+
+def test_one_and_three_workers_write_the_same_bytes(tmp_path):
+    json_file = tmp_path / "annotations.json"
+    json_file.write_text(json.dumps(larger_case()[0]))
+    alone = evaluate_a_share(0, json_file, tmp_path / "1", 1)
+    MetadataCatalog.remove("evaluation_of_workers")
+    together = run_workers(evaluate_a_share, json_file, tmp_path / "3", 3, num_workers=3)
+    assert together[1:] == [None, None]
+    written = [
+        {path.name: path.read_bytes() for path in (tmp_path / number).iterdir()} for number in "13"
+    ]
+    assert sorted(written[0]) == [
+        "lvis_classes.csv",
+        "lvis_classes.json",
+        "lvis_instances_results.json",
+        "lvis_results.json",
+    ]
+    assert written[0] == written[1]
+    assert repr(alone) == repr(together[0])  # NaN included
+    assert 1 < alone["segm"]["AP"] < 99
+
+
+@pytest.fixture
+def interrupted(register, tmp_path):
+    """What a run leaves that was stopped after four of seven images, and its annotations."""
+    content, inputs, outputs = larger_case()
+    name = register(content)
+    evaluator = BalancedLVISEvaluator(name, tmp_path / "out")
+    for index in range(4):
+        evaluator.process([inputs[index]], [outputs[index]])
+    (partial,) = (tmp_path / "out").iterdir()
+    return MetadataCatalog.get(name).json_file, partial, evaluator, inputs, outputs
+
+
+def test_what_was_written_until_an_interrupt_is_usable(interrupted, tmp_path, capsys):
+    json_file, partial, *_ = interrupted
+    assert partial.name == "lvis_instances_results.partial-0.json"
+    assert {row["image_id"] for row in json.loads(partial.read_text())} == {1, 2, 3, 4}
+    assert evaluate_files([json_file, str(partial), "--out", str(tmp_path / "again")]) == 0
+    assert "APrfixed" in capsys.readouterr().out
+    assert json.loads((tmp_path / "again/lvis_results.json").read_text())["segm"]["AP"] > 1
+
+
+def test_a_detection_file_cut_short_is_refused_with_the_byte(interrupted, tmp_path, capsys):
+    json_file, partial, *_ = interrupted
+    whole = partial.read_bytes()
+    cut = tmp_path / "cut.json"
+    for length in (len(whole) // 2, len(whole) - 1):
+        cut.write_bytes(whole[:length])
+        assert evaluate_files([json_file, str(cut)]) == 2
+        message = capsys.readouterr().err
+        assert f"cut.json' is no valid JSON, it is cut short at byte {length}" in message
+        assert message.count("\n") == 1
+
+
+def test_the_file_gives_the_numbers_of_the_run(interrupted, tmp_path, capsys):
+    json_file, partial, evaluator, inputs, outputs = interrupted
+    evaluator.process(inputs[4:], outputs[4:])
+    results = evaluator.evaluate()
+    assert not partial.exists()
+    detections = partial.with_name("lvis_instances_results.json")
+    assert evaluate_files([json_file, str(detections), "--out", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again/lvis_results.json").read_text())
+    for task, numbers in results.items():
+        for metric, value in numbers.items():
+            # To the bit: what is written is what was matched.
+            assert again[task][metric] == (None if math.isnan(value) else value)
+    for name in ("lvis_classes.csv", "lvis_classes.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_scores_and_boxes_survive_the_file_to_the_bit():
+    generator = np.random.default_rng(0)
+    numbers = np.exp(generator.uniform(-20, 8, 10_000)).astype(np.float32)
+    assert np.array_equal(np.array(texts_of(numbers), dtype=np.float32), numbers)
+    assert texts_of(np.array([0.5, 100.0, 1 / 3], dtype=np.float32)) == [
+        "0.5",
+        "100",
+        "0.333333343",
+    ]
+
+
+def test_the_limits_of_fixed_ap_are_those_of_the_file(register, tmp_path, monkeypatch):
+    content, inputs, outputs = larger_case()
+    name = register(content)
+    monkeypatch.setattr("balanced_det.evaluation.evaluator.FIXED_MAX_DETS", 6)
+    evaluator = BalancedLVISEvaluator(name, tmp_path / "out", max_dets_per_image=5)
+    evaluator.process(inputs, outputs)
+    results = evaluator.evaluate()
+    truth = read_annotations(content)
+    rows = json.loads((tmp_path / "out/lvis_instances_results.json").read_text())
+    for task in ("bbox", "segm"):
+        expected = fixed_result(truth, read_detections(rows, truth, task), task, per_class=6)
+        assert results[task]["APfixed"] == pytest.approx(100 * expected.metrics["AP"], abs=SAME)
+        assert results[task]["APfixed"] != pytest.approx(results[task]["AP"])
+
+
+def test_an_image_is_evaluated_once(register):
+    content, inputs, outputs = larger_case()
+    evaluator = BalancedLVISEvaluator(register(content))
+    evaluator.process(inputs, outputs)
+    with pytest.raises(InputError, match="Image 1 is evaluated twice"):
+        evaluator.process(inputs[:1], outputs[:1])
+    with pytest.raises(InputError, match="given image 99, which .* does not list"):
+        evaluator.process([{"image_id": 99}], outputs[:1])
+
+
+def test_one_object_without_a_mask_is_told_and_boxes_are_evaluated(register, caplog):
+    content, inputs, outputs = larger_case()
+    del content["annotations"][1]["segmentation"]
+    evaluator = BalancedLVISEvaluator(register(content))
+    evaluator.process(inputs, outputs)
+    assert list(evaluator.evaluate()) == ["bbox"]
+    assert "annotation 2 has none" in caplog.text
+
+
+def test_each_of_several_test_sets_has_its_folder_and_own_data_its_limit(register):
+    cfg = get_cfg()
+    first, second = register(hand_made()), register(hand_made())
+    cfg.OUTPUT_DIR, cfg.TEST.DETECTIONS_PER_IMAGE = "out", 500
+    for names, folders in (
+        ([first], ["out/inference"]),
+        ([first, second], [f"out/inference/{first}", f"out/inference/{second}"]),
+    ):
+        cfg.DATASETS.TEST = tuple(names)
+        evaluators = [build_evaluator(cfg, name) for name in names]
+        assert [evaluator._output_dir for evaluator in evaluators] == folders
+        assert [evaluator._max_dets for evaluator in evaluators] == [500] * len(names)
+
+
+def test_class_tables_hold_numbers_groups_and_the_protocol(tmp_path):
+    content = hand_made()
+    content["categories"][1]["name"] = "rar\x1b[31mity\n"
+    results = {"bbox": lvis_result(content, PERFECT[1:])}
+    rows = class_rows(results, {7: 2})
+    write_classes(rows, results, tmp_path)
+    written = json.loads((tmp_path / "lvis_classes.json").read_text())
+    assert written["protocol"]["bbox"]["max_dets_per_image"] == 300
+    rare, _, plenty = written["classes"]
+    # Half of the rare objects are found, at score 0.8: F1 is 2 * 1 * 0.5 / 1.5.
+    assert rare["name"] == r"rar\x1b[31mity\n"
+    assert (rare["group"], rare["train_images"]) == ("r", 2)
+    assert rare["bbox"]["AR"] == pytest.approx(50)
+    assert rare["bbox"]["F1"] == pytest.approx(200 / 3)
+    assert rare["bbox"]["threshold"] == 0.8
+    assert plenty["bbox"]["threshold"] == 0.6
+    with open(tmp_path / "lvis_classes.csv", newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header[:5] == ["category_id", "name", "group", "train_images", "bbox_AP"]
+    assert lines[0][:4] == ["7", r"rar\x1b[31mity\n", "r", "2"]
+    assert "max_dets_per_image 300" in lines[0][-1]
+    unfound = class_rows({"bbox": lvis_result(content, [])})
+    assert unfound[0]["bbox"]["F1"] == 0.0
+    assert math.isnan(unfound[0]["bbox"]["threshold"])

@@ -351,7 +351,8 @@ def _fixed_from_file(truth, path, tasks, class_groups):
     for rows in lines_of_detection_file(path):
         category.extend(classes[row["category_id"]] for row in rows)
         scores.extend(row["score"] for row in rows)
-    counted = iter(best_of_each_class(np.array(category), np.array(scores)).tolist())
+    best = best_of_each_class(np.array(category), np.array(scores), FIXED_MAX_DETS)
+    counted = iter(best.tolist())
     matchers = {task: Matcher(truth, task, None) for task in tasks}
     for rows in lines_of_detection_file(path):
         best = [row for row in rows if next(counted)]
