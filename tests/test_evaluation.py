@@ -22,6 +22,7 @@ from balanced_det.evaluation import (
     METRICS,
     BalancedLVISEvaluator,
     build_evaluator,
+    detections,
     evaluate_lvis,
     fixed_result,
     lvis_result,
@@ -821,6 +822,18 @@ def test_the_file_gives_the_numbers_of_the_run(interrupted, tmp_path, capsys):
             assert again[task][metric] == (None if math.isnan(value) else value)
     for name in ("lvis_classes.csv", "lvis_classes.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_detections_read_by_column_are_those_read_one_by_one(iou_type):
+    content, rows = random_case(np.random.default_rng(5))
+    truth = read_annotations(content)
+    rows = [*rows, {**rows[0], "bbox": [1, 2.5, 3, 4]}]
+    fast = detections._plain_columns(rows, truth, iou_type)
+    plain = detections._checked_columns(rows, truth, iou_type)
+    assert vars(fast).keys() == vars(plain).keys()
+    for name, column in vars(plain).items():
+        np.testing.assert_array_equal(getattr(fast, name), column)
 
 
 def test_scores_and_boxes_survive_the_file_to_the_bit():

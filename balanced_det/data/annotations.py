@@ -20,6 +20,7 @@ names the file and the entry. The rules:
 * Unknown keys are left alone.
 """
 
+import gc
 import json
 import math
 import operator
@@ -174,6 +175,9 @@ def read_json(path: str, kind: str) -> dict:
     """
     named = f"The {kind} '{path}'"
     raw = read_bytes(path, kind)
+    # Nothing of a JSON text is garbage, so nobody needs to look through all of it for some.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         content = json.loads(raw.decode("utf-8-sig"))
     except RecursionError:
@@ -184,6 +188,9 @@ def read_json(path: str, kind: str) -> dict:
         ) from None
     except ValueError as error:
         raise InputError(f"{named} is no valid JSON, perhaps cut off: {error}.") from None
+    finally:
+        if collects:
+            gc.enable()
     if not isinstance(content, dict):
         raise InputError(f"{named} does not hold a JSON object.")
     return content
@@ -241,8 +248,13 @@ def number(value) -> float | None:
         return None
 
 
+_FLOAT = {float}
+
+
 def box(value) -> list[float] | None:
     """Return four numbers as floats, NaN and infinity among them; None for anything else."""
+    if value.__class__ is list and len(value) == 4 and _FLOAT.issuperset(map(type, value)):
+        return value
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if not isinstance(value, (list, tuple)) or len(value) != 4:
@@ -382,7 +394,7 @@ def _objects(entries, categories, images, source) -> dict:
     image, category, area, crowd, ignore, segmentation, ids = ([] for _ in range(7))
     boxes = array("d")
     for position, entry in enumerate(entries):
-        if not isinstance(entry, Mapping):
+        if entry.__class__ is not dict and not isinstance(entry, Mapping):
             raise InputError(f"{source}: annotation {shortened(entry)} is no JSON object.")
         ids.append(_own_id(entry, position, source))
         category.append(_reference(entry, "category", class_index, "categories", position, source))

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -63,8 +64,56 @@ def read_detections(rows: Iterable[Mapping], truth: Annotations, iou_type: str) 
         InputError: a detection is of an image or class that is not listed, has no finite score, or
             no box or mask. It is named by its position.
     """
+    rows = rows if isinstance(rows, (list, tuple)) else list(rows)
+    plain = _plain_columns(rows, truth, iou_type)
+    return plain if plain is not None else _checked_columns(rows, truth, iou_type)
+
+
+def _index_by_id(truth):
     images = {image.id: index for index, image in enumerate(truth.images)}
-    classes = {category.id: index for index, category in enumerate(truth.categories)}
+    return images, {category.id: index for index, category in enumerate(truth.categories)}
+
+
+def _plain_columns(rows, truth, iou_type):
+    """What :func:`_checked_columns` returns for rows of plain integers and floats; else None.
+
+    A column at a time: six million detections are read in seconds.
+    """
+    images, classes = _index_by_id(truth)
+    try:
+        image_ids = [row["image_id"] for row in rows]
+        category_ids = [row["category_id"] for row in rows]
+        scores = [row["score"] for row in rows]
+        if not (_are(image_ids, int) and _are(category_ids, int) and _are(scores, float)):
+            return None  # 1.0 is an id, true is none, text is no score: one by one
+        image = np.fromiter(map(images.__getitem__, image_ids), np.int64, len(rows))
+        category = np.fromiter(map(classes.__getitem__, category_ids), np.int64, len(rows))
+        boxes = masks = None
+        if iou_type == "segm":
+            masks = [_run_lengths(row["segmentation"], i) for i, row in enumerate(rows)]
+        else:
+            lists = [row["bbox"] for row in rows]
+            if not _are(lists, list) or not {4}.issuperset(map(len, lists)):
+                return None
+            flat = list(chain.from_iterable(lists))
+            if not _are(flat, float, int):
+                return None
+            boxes = np.fromiter(flat, np.float64, len(flat)).reshape(-1, 4)
+    except (KeyError, TypeError, ValueError, OverflowError, IndexError, AttributeError):
+        return None
+    scores = np.array(scores, dtype=np.float64)
+    if not np.isfinite(scores).all() or not (boxes is None or np.isfinite(boxes).all()):
+        return None
+    return Detections(image, category, scores, boxes, masks)
+
+
+def _are(values, *types):
+    return set(types).issuperset(map(type, values))
+
+
+def _checked_columns(rows, truth, iou_type):
+    """Check one detection after the other, and name the first that is wrong."""
+    images, classes = _index_by_id(truth)
     image, category, scores, boxes, masks = [], [], [], [], []
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):

@@ -493,24 +493,20 @@ def _metrics(precision, recall, groups):
 
 
 def _class_results(truth, groups, precision, recall, scores):
+    # A class without objects is -1 throughout, and so are its means.
+    ap = precision[..., 0].mean(axis=(0, 1)).round(15).tolist()  # (K,)
+    ar = recall[..., 0].mean(axis=0).round(15).tolist()  # (K,)
     precision_50 = precision[0, :, :, 0]  # (101, K)
     recalls = np.linspace(0.0, 1.0, len(precision_50))[:, None]  # (101, 1)
     f1 = 2 * precision_50 * recalls / np.maximum(precision_50 + recalls, 1e-12)
-    best = f1.argmax(axis=0)  # (K,)
+    best = f1.argmax(axis=0)[None]  # (1, K)
+    best_f1, threshold = (np.take_along_axis(x, best, 0)[0].tolist() for x in (f1, scores))
     rows = []
     for c, (category, group) in enumerate(zip(truth.categories, groups)):
-        present = precision_50[0, c] > ABSENT
-        found = present and f1[best[c], c] > 0
+        f1_of_class = ABSENT if ap[c] == ABSENT else best_f1[c]
+        score = threshold[c] if f1_of_class > 0 else float("nan")
         rows.append(
-            ClassResult(
-                category.id,
-                category.name,
-                group,
-                _mean(precision[:, :, c, 0]),
-                _mean(recall[:, c, 0]),
-                max(float(f1[best[c], c]), 0.0) if present else ABSENT,
-                float(scores[best[c], c]) if found else float("nan"),
-            )
+            ClassResult(category.id, category.name, group, ap[c], ar[c], f1_of_class, score)
         )
     return rows
 
