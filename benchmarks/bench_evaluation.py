@@ -152,15 +152,16 @@ def compare(images, seed):
             "faster-coco-eval": lambda rows: by_faster_coco_eval(path, rows),
             "lvis": lambda rows: by_lvis(path, rows),
         }
-        times, numbers = {name: [] for name in sides}, {}
+        times, cpu, numbers = {name: [] for name in sides}, {name: [] for name in sides}, {}
         # In turns, so that a machine that changes its pace is seen; the slow one less often.
         quick = ["ours", "faster-coco-eval"] * 3
         for name in [*quick, "lvis", *quick, "lvis", *quick]:
             copies = [dict(row) for row in rows]  # the others write into what they get
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             with contextlib.redirect_stdout(io.StringIO()):
                 numbers[name] = sides[name](copies)
             times[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - cpu_start)  # of all threads
     for name, found in numbers.items():
         for metric in METRICS if name == "lvis" else ("AP",):
             # Another order of the same sum of float64.
@@ -168,7 +169,7 @@ def compare(images, seed):
     ours = np.median(times["ours"])
     table = [[name, np.median(t), min(t), max(t), np.median(t) / ours] for name, t in times.items()]
     print(f"{images} images x {DETECTIONS} detections, AP {100 * numbers['ours']['AP']:.3f}:")
-    headers = ["", "median s", "from", "to", "of ours"]
+    headers = ["", "median s", "from", "to", "of ours", "median CPU s", "of ours"]
     print(tabulate(table, headers=headers, tablefmt="github", floatfmt=".2f"))
 
 

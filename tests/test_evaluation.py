@@ -17,6 +17,7 @@ from distributed import run_workers
 from pycocotools import mask as masks
 
 from balanced_det.data.annotations import read_annotations
+from balanced_det.data.run_lengths import counts_of
 from balanced_det.errors import InputError
 from balanced_det.evaluation import (
     METRICS,
@@ -29,7 +30,7 @@ from balanced_det.evaluation import (
 )
 from balanced_det.evaluation.__main__ import main as evaluate_files
 from balanced_det.evaluation.detections import read_detections, texts_of
-from balanced_det.evaluation.per_class import class_rows, write_classes
+from balanced_det.evaluation.per_class import class_rows, write_results
 
 LVIS_FILE = Path(__file__).parents[2] / "shared/data/lvis_v0.5_val_100.json"
 
@@ -499,6 +500,43 @@ def test_bad_input_is_named(change, message):
         evaluate_lvis(annotations, detections)
 
 
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_other_forms_of_the_same_detections_are_accepted(iou_type):
+    annotations, changed = hand_made(), copy.deepcopy(PERFECT[1:])
+    expected = evaluate_lvis(annotations, changed, iou_type)
+    for row in changed:
+        row.update(image_id=float(row["image_id"]), category_id=np.int64(row["category_id"]))
+        row["bbox"] = np.array(row["bbox"], dtype=np.float32)
+        row["score"] = np.float64(row["score"])
+        row["segmentation"] = {
+            "size": np.array(row["segmentation"]["size"]),
+            "counts": counts_of(row["segmentation"]["counts"]).tolist(),  # uncompressed
+        }
+        if iou_type == "segm":
+            del row["bbox"]
+    for row in annotations["annotations"]:
+        row.update(bbox=np.array(row["bbox"]), area=np.float64(row["area"]))
+    assert evaluate_lvis(annotations, iter(changed), iou_type) == expected
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({"size": [3, 3], "counts": [9]}, r"image 1 has size \[3, 3\], not \[200, 200\]"),
+        ({"size": [200, 200], "counts": "~~"}, "Detection 0 .* no run lengths"),
+        ({"size": [200, 200], "counts": "oo"}, "image 1 is broken"),
+        ({"size": [200, 200], "counts": [0, 50_000]}, "image 1 is broken"),
+        ({"size": [200, 200], "counts": None}, "image 1 is broken"),
+        ({"size": [200], "counts": []}, "Detection 0 has a `segmentation` without height"),
+        ("mask", "Detection 0 has no `segmentation`"),
+    ],
+)
+def test_broken_masks_are_refused_before_they_are_compared(mask, message):
+    row = {"image_id": 1, "category_id": 9, "score": 0.5, "segmentation": mask}
+    with pytest.raises(InputError, match=message):
+        evaluate_lvis(hand_made(), [row], "segm")
+
+
 def test_masks_need_masks():
     annotations = hand_made()
     annotations["annotations"][2]["segmentation"] = []
@@ -820,7 +858,7 @@ def test_the_file_gives_the_numbers_of_the_run(interrupted, tmp_path, capsys):
         for metric, value in numbers.items():
             # To the bit: what is written is what was matched.
             assert again[task][metric] == (None if math.isnan(value) else value)
-    for name in ("lvis_classes.csv", "lvis_classes.json"):
+    for name in ("lvis_classes.csv", "lvis_classes.json", "lvis_results.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
@@ -862,6 +900,18 @@ def test_the_limits_of_fixed_ap_are_those_of_the_file(register, tmp_path, monkey
         assert results[task]["APfixed"] != pytest.approx(results[task]["AP"])
 
 
+def test_files_of_interrupted_runs_go_when_a_run_is_complete(interrupted, register, tmp_path):
+    _, partial, evaluator, inputs, outputs = interrupted
+    left = partial.with_name("lvis_instances_results.partial-5.json")
+    left.write_text("[]")
+    evaluator.reset()
+    evaluator.process(inputs, outputs)
+    evaluator.evaluate()
+    assert not left.exists() and not partial.exists()
+    rows = json.loads(partial.with_name("lvis_instances_results.json").read_text())
+    assert len(rows) == sum(len(output["instances"]) for output in outputs)
+
+
 def test_an_image_is_evaluated_once(register):
     content, inputs, outputs = larger_case()
     evaluator = BalancedLVISEvaluator(register(content))
@@ -900,7 +950,7 @@ def test_class_tables_hold_numbers_groups_and_the_protocol(tmp_path):
     content["categories"][1]["name"] = "rar\x1b[31mity\n"
     results = {"bbox": lvis_result(content, PERFECT[1:])}
     rows = class_rows(results, {7: 2})
-    write_classes(rows, results, tmp_path)
+    write_results({"bbox": results["bbox"].metrics}, rows, results, tmp_path)
     written = json.loads((tmp_path / "lvis_classes.json").read_text())
     assert written["protocol"]["bbox"]["max_dets_per_image"] == 300
     rare, _, plenty = written["classes"]

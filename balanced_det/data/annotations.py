@@ -28,6 +28,7 @@ import os
 import stat
 from array import array
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -159,7 +160,8 @@ def read_annotations(annotations: str | os.PathLike | Mapping) -> Annotations:
     }
     categories = _categories(entries["categories"], source)
     images = _images(entries["images"], source)
-    columns = _objects(entries["annotations"], categories, images, source)
+    with _without_garbage_collection():
+        columns = _objects(entries["annotations"], categories, images, source)
     return Annotations(source, list(categories.values()), list(images.values()), **columns)
 
 
@@ -175,11 +177,9 @@ def read_json(path: str, kind: str) -> dict:
     """
     named = f"The {kind} '{path}'"
     raw = read_bytes(path, kind)
-    # Nothing of a JSON text is garbage, so nobody needs to look through all of it for some.
-    collects = gc.isenabled()
-    gc.disable()
     try:
-        content = json.loads(raw.decode("utf-8-sig"))
+        with _without_garbage_collection():
+            content = json.loads(raw.decode("utf-8-sig"))
     except RecursionError:
         raise InputError(f"{named} is nested too deeply.") from None
     except UnicodeDecodeError as error:
@@ -188,12 +188,21 @@ def read_json(path: str, kind: str) -> dict:
         ) from None
     except ValueError as error:
         raise InputError(f"{named} is no valid JSON, perhaps cut off: {error}.") from None
-    finally:
-        if collects:
-            gc.enable()
     if not isinstance(content, dict):
         raise InputError(f"{named} does not hold a JSON object.")
     return content
+
+
+@contextmanager
+def _without_garbage_collection():
+    """While millions of values are made and kept, do not look through all of them for garbage."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def read_bytes(path: str, kind: str) -> bytes:

@@ -15,6 +15,7 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -131,24 +132,23 @@ def load_detections(json_file, image_root, dataset_name=None):
             _first_without_mask(data, usable & ~data.crowd & ~data.ignore),
             _first_without_mask(data, np.full(len(data), data.has_some_masks())),
         )
-    masks = zip(data.segmentation, boxes.tolist(), usable.tolist())
+    columns = (data.image, data.category, boxes, data.crowd | data.ignore, clipped)
+    rows = zip(*(column.tolist() for column in columns), data.segmentation)
     clipped_objects = without_corners = 0
-    for index, (mask, box, is_usable) in enumerate(masks):
-        if not is_usable:
-            continue
+    for image, category, box, left_out, was_clipped, mask in compress(rows, usable):
         parsed = {
             "bbox": box,
             "bbox_mode": BoxMode.XYWH_ABS,
-            "category_id": int(data.category[index]),
-            "iscrowd": int(data.crowd[index] or data.ignore[index]),
+            "category_id": category,
+            "iscrowd": int(left_out),  # Detectron2 does not train on it
         }
         if mask is not None:
             if not mask:
                 without_corners += 1
                 continue
             parsed["segmentation"] = _as_detectron2_takes_it(mask)
-        clipped_objects += int(clipped[index])
-        records[data.image[index]]["annotations"].append(parsed)
+        clipped_objects += was_clipped
+        records[image]["annotations"].append(parsed)
 
     skipped = len(data) - int(usable.sum())
     if skipped or clipped_objects or without_corners:

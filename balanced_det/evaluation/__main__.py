@@ -17,8 +17,7 @@ from .per_class import (
     class_table,
     percent,
     protocol_text,
-    write_classes,
-    write_json,
+    write_results,
 )
 
 
@@ -92,9 +91,7 @@ def evaluate_files(
     table = [[name, *(numbers[name] for numbers in percents.values())] for name in names]
     print(f"\n{tabulate(table, headers=['percent', *percents], floatfmt='.3f')}")
     if out:
-        protocols = {task: result.protocol for task, result in results.items()}
-        write_json({**percents, "protocol": protocols}, out, "lvis_results.json")
-        write_classes(classes, results, out)
+        write_results(percents, classes, results, out)
         print(f"\nWritten to {os.path.abspath(out)}")
 
 

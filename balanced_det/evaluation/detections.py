@@ -9,6 +9,7 @@ whatever interrupts a run leaves a whole list of what was found until then.
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -84,7 +85,7 @@ def _plain_columns(rows, truth, iou_type):
         image_ids = [row["image_id"] for row in rows]
         category_ids = [row["category_id"] for row in rows]
         scores = [row["score"] for row in rows]
-        if not (_are(image_ids, int) and _are(category_ids, int) and _are(scores, float)):
+        if not (_are(image_ids, int) and _are(category_ids, int) and _are(scores, float, int)):
             return None  # 1.0 is an id, true is none, text is no score: one by one
         image = np.fromiter(map(images.__getitem__, image_ids), np.int64, len(rows))
         category = np.fromiter(map(classes.__getitem__, category_ids), np.int64, len(rows))
@@ -149,6 +150,9 @@ def _listed(row, key, known, index, truth):
     return found
 
 
+_COMPRESSED = re.compile("[0-o]*")  # six bits a character, from 48 on
+
+
 def _run_lengths(mask, index):
     if not isinstance(mask, Mapping) or not {"size", "counts"} <= mask.keys():
         raise InputError(f"Detection {index} has no `segmentation` in run lengths.")
@@ -157,6 +161,10 @@ def _run_lengths(mask, index):
         raise InputError(f"Detection {index} has a `segmentation` without height and width.")
     if isinstance(counts, np.ndarray):
         counts = counts.tolist()
+    if isinstance(counts, bytes):
+        counts = counts.decode("latin-1")
+    if isinstance(counts, str) and not _COMPRESSED.fullmatch(counts):
+        raise InputError(f"Detection {index} has a `segmentation` whose counts are no run lengths.")
     return {"size": [integer(side) for side in size], "counts": counts}
 
 

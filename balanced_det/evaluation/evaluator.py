@@ -1,5 +1,6 @@
 """The evaluator for Detectron2's loops: each worker matches its images while it infers."""
 
+import glob
 import logging
 import math
 import os
@@ -24,7 +25,7 @@ from .detections import (
     texts_of,
 )
 from .lvis import FIXED_MAX_DETS, IOU_TYPES, MAX_DETS, Matcher, best_of_each_class
-from .per_class import class_rows, class_table, percent, protocol_text, write_classes, write_json
+from .per_class import class_rows, class_table, percent, protocol_text, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
                 f"The training statistics have {len(train_statistics.group)} classes but data set "
                 f"'{dataset_name}' has {len(self._category_ids)}."
             )
-        self._output_dir = output_dir
+        self._output_dir = None if output_dir is None else os.fspath(output_dir)
         self._tasks = tasks
         self._distributed = distributed
         self._max_dets = max_dets_per_image
@@ -142,9 +143,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         dropped = sum(part["dropped"] for part in gathered)
         if dropped:
             logger.warning(f"Dropped {dropped} detections with a non-finite box or score.")
-        if self._output_dir:
-            path = os.path.join(self._output_dir, DETECTIONS)
-            join_detection_files([part["path"] for part in gathered], path)
+        has_file = self._output_dir and self._join([part["path"] for part in gathered])
         if not len(self._truth):
             logger.info(f"{self._truth.source} holds no annotation: nothing is evaluated.")
             return {}
@@ -157,7 +156,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
             (task, {name: percent(value) for name, value in result.metrics.items()})
             for task, result in results.items()
         )
-        for task, fixed in self._fixed(results, gathered).items():
+        for task, fixed in self._fixed(results, gathered, has_file).items():
             percents[task].update(fixed)
         self._report(results, percents)
         return percents
@@ -234,9 +233,24 @@ class BalancedLVISEvaluator(DatasetEvaluator):
 
     def _partial(self, worker):
         name, extension = os.path.splitext(DETECTIONS)
-        return os.path.join(self._output_dir, f"{name}.partial-{worker}{extension}")
+        # Also a pattern, when the worker is "*".
+        folder = glob.escape(self._output_dir) if worker == "*" else self._output_dir
+        return os.path.join(folder, f"{name}.partial-{worker}{extension}")
 
     # --- Of the main process ----------------------------------------------------------------------
+
+    def _join(self, parts):
+        """Join the workers' files, and remove what interrupted runs left; whether it could."""
+        missing = [part for part in parts if not os.path.isfile(part)]
+        if missing:
+            logger.warning(
+                f"'{missing[0]}' is not on this machine: the detections stay in the workers' files."
+            )
+            return False
+        join_detection_files(parts, os.path.join(self._output_dir, DETECTIONS))
+        for left in glob.glob(self._partial("*")):
+            os.remove(left)
+        return True
 
     def _evaluated_tasks(self, gathered):
         found = [task for task in IOU_TYPES if any(task in part["states"] for part in gathered)]
@@ -245,17 +259,17 @@ class BalancedLVISEvaluator(DatasetEvaluator):
             logger.warning(f"Masks are not evaluated: of {self._truth.source}, {missing} has none.")
         return found
 
-    def _fixed(self, results, gathered):
+    def _fixed(self, results, gathered, has_file):
         """Fixed AP of each task, in percent, with the names under which it is reported."""
         counts = sum(part["per_class"] for part in gathered)
         most = max(part["most_in_an_image"] for part in gathered)
         if counts.max(initial=0) <= FIXED_MAX_DETS and most <= (self._max_dets or math.inf):
             fixed = results  # no limit was met, neither of an image nor of a class
-        elif self._output_dir:
+        elif has_file:
             path = os.path.join(self._output_dir, DETECTIONS)
             fixed = _fixed_from_file(self._truth, path, list(results), self._class_groups())
         else:
-            logger.info("Fixed AP is not computed: it needs an output folder for the detections.")
+            logger.info("Fixed AP is not computed: it needs the file of all detections.")
             return {}
         return {
             task: {f"{name}fixed": percent(result.metrics[name]) for name in FIXED}
@@ -271,19 +285,8 @@ class BalancedLVISEvaluator(DatasetEvaluator):
                 f"{create_small_table(numbers)}"
             )
         logger.info(f"LVIS results of each class, in percent:\n{class_table(rows, tasks)}")
-        if not self._output_dir:
-            return
-        classes = [
-            {
-                **{key: row[key] for key in ("name", "group", "train_images")},
-                **{task: row[task]["AP"] for task in tasks},
-            }
-            for row in rows
-        ]
-        protocol = {task: result.protocol for task, result in results.items()}
-        content = {**percents, "classes": classes, "protocol": protocol}
-        write_json(content, self._output_dir, "lvis_results.json")
-        write_classes(rows, results, self._output_dir)
+        if self._output_dir:
+            write_results(percents, rows, results, self._output_dir)
 
     def _class_groups(self):
         if self._statistics is None:

@@ -95,12 +95,31 @@ def protocol_text(protocol: Mapping) -> str:
     return ", ".join(f"{key} {value}" for key, value in protocol.items() if key != "protocol")
 
 
-def write_classes(
-    rows: Sequence[Mapping], results: Mapping[str, LVISResult], folder: str | os.PathLike
+def write_results(
+    percents: Mapping[str, Mapping[str, float]],
+    rows: Sequence[Mapping],
+    results: Mapping[str, LVISResult],
+    folder: str | os.PathLike,
 ) -> None:
-    """Write ``lvis_classes.csv`` and ``lvis_classes.json`` into ``folder``."""
-    protocols = {task: result.protocol for task, result in results.items()}
-    write_json({"protocol": protocols, "classes": rows}, folder, "lvis_classes.json")
+    """Write ``lvis_results.json``, ``lvis_classes.json`` and ``lvis_classes.csv`` into ``folder``.
+
+    Args:
+        percents: task -> the numbers in percent.
+        rows: of :func:`class_rows`.
+        results: task -> result, for the protocols.
+        folder: it is made where it is not there.
+    """
+    protocol = {task: result.protocol for task, result in results.items()}
+    classes = [
+        {
+            **{key: row[key] for key in ("name", "group", "train_images")},
+            **{task: row[task]["AP"] for task in results},
+        }
+        for row in rows
+    ]
+    content = {**percents, "classes": classes, "protocol": protocol}
+    write_json(content, folder, "lvis_results.json")
+    write_json({"protocol": protocol, "classes": rows}, folder, "lvis_classes.json")
     write_text(class_csv(rows, results), folder, "lvis_classes.csv")
 
 
