@@ -19,7 +19,6 @@ fused multiplications and additions, which the kernels ask for (FUSED), and forb
 Letters: T boxes, P pixels, G samples, C channels; a bin is (i, j) of BINS_Y x BINS_X.
 """
 
-import torch
 import triton
 import triton.language as tl
 
