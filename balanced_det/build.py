@@ -5,6 +5,7 @@ import contextvars
 import functools
 import logging
 
+import torch
 from detectron2 import modeling
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
@@ -55,7 +56,8 @@ def build_model(cfg, count: bool = True):
     if any(isinstance(module, GradientDensity) for module in model.modules()):
         reads.add("BALANCE.GRADIENT_FIGURE_PERIOD")  # there is something to draw
     refuse_unused(cfg, reads)
-    return model
+    detectors.fold_frozen_norms(model)
+    return model.to(memory_format=torch.channels_last) if cfg.BALANCE.CHANNELS_LAST else model
 
 
 def _build_lazy_model(cfg, count):

@@ -114,6 +114,8 @@ def _run_keys():
         # of arXiv 1811.05181) into OUTPUT_DIR/gradients and TensorBoard; None never does. Needs
         # matplotlib.
         "GRADIENT_FIGURE_PERIOD": None,
+        # Keep weights and activations as (N, H, W, C) in memory, as tensor cores want them.
+        "CHANNELS_LAST": False,
         **_trust_keys(),
     }
 
