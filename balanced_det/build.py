@@ -45,7 +45,7 @@ def build_model(cfg, count: bool = True):
     Raises:
         InputError: a value cannot be used, or a key that was set has no effect on this model.
     """
-    from . import detectors  # noqa: F401  (registers them; they import this module)
+    from . import detectors
 
     check_ranges(cfg)
     if lazy_config(cfg) is not None:
