@@ -9,8 +9,8 @@ holds tail classes down. The sum is divided by the number of rows.
 
 The official code (timy90022/DropLoss) draws for every (row, class), on each GPU for itself and with
 its own share. We draw one number a class and step, so that the weights stay a small table, and one
-for all workers; the expected gradient is the same. A batch without foreground rows has share 0 here;
-there its share is nan, which drops nothing. The published runs start with a prior of 0.001.
+for all workers; the expected gradient is the same. A batch without foreground rows has share 0
+here; there its share is nan, which drops nothing. The published runs start with a prior of 0.001.
 """
 
 from collections.abc import Sequence
