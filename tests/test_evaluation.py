@@ -931,6 +931,25 @@ def test_one_object_without_a_mask_is_told_and_boxes_are_evaluated(register, cap
     assert "annotation 2 has none" in caplog.text
 
 
+def test_masks_may_come_as_run_lengths(register, tmp_path):
+    content, inputs, outputs = larger_case()
+    outputs[0]["instances"].scores[1] = math.nan  # dropped, with its mask
+    written = []
+    for form in ("masks", "run lengths"):
+        if form == "run lengths":
+            for output in outputs:
+                pasted = output["instances"].pred_masks.permute(1, 2, 0).numpy().astype(np.uint8)
+                output["instances"].remove("pred_masks")
+                rles = masks.encode(np.asfortranarray(pasted))
+                output["instances"].pred_masks_rle = rles
+        evaluator = BalancedLVISEvaluator(register(content), tmp_path / form)
+        evaluator.process(inputs, copy.deepcopy(outputs))
+        evaluator.evaluate()
+        written.append({path.name: path.read_bytes() for path in (tmp_path / form).iterdir()})
+    assert written[0] == written[1]
+    assert b'"segm"' in written[0]["lvis_results.json"]
+
+
 def test_each_of_several_test_sets_has_its_folder_and_own_data_its_limit(register):
     cfg = get_cfg()
     first, second = register(hand_made()), register(hand_made())
