@@ -10,7 +10,7 @@ from detectron2 import modeling
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
-from .config.keys import SLOTS
+from .config.keys import SLOTS, method_names
 from .config.lazy import lazy_config
 from .config.ranges import check_ranges
 from .config.reads import recorded
@@ -132,8 +132,10 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
     else:
         options["classification_weight"] = node.CLASSIFICATION_WEIGHT * classification_weight
     calibration = _build_calibration(cfg, part, loss)
-    box_loss = _build_method(cfg, part, "BOX_LOSS")
-    return Criterion(loss, box_loss, calibration=calibration, **options)
+    box_losses = [
+        _build_method(cfg, part, "BOX_LOSS", name) for name in method_names(node.BOX_LOSS)
+    ]
+    return Criterion(loss, box_losses, calibration=calibration, **options)
 
 
 def initial_prior(cfg, part) -> float | None:
@@ -254,10 +256,14 @@ def _build_calibration(cfg, part, loss):
     return calibration
 
 
-def _build_method(cfg, part, slot, **given):
-    """Construct the method that a part's slot names, with its parameters and statistics."""
+def _build_method(cfg, part, slot, name=None, **given):
+    """Construct the method that a part's slot names, with its parameters and statistics.
+
+    Args:
+        name: the method, where the slot names several.
+    """
     registry, key = SLOTS[slot], f"BALANCE.{part.name}.{slot}"
-    name = cfg.BALANCE[part.name][slot]
+    name = cfg.BALANCE[part.name][slot] if name is None else name
     method = registry.get(name, key)
     given.update({need: counted_statistic(cfg, need) for need in getattr(method, "needs", ())})
     parameters = {

@@ -89,6 +89,11 @@ def slot_keys() -> dict[str, Registry]:
     }
 
 
+def method_names(value: str) -> list[str]:
+    """Return the methods that a slot names: one, or of box losses "SmoothL1Loss + GIoULoss"."""
+    return [name.strip() for name in value.split("+")]
+
+
 def _run_keys():
     return {
         # Modules of your own to import, so that slots can name the losses, samplers and other
@@ -151,6 +156,7 @@ def _trust_keys():
 def _slot_defaults(part: Part):
     slots = {
         "CLASSIFICATION_LOSS": part.classification_loss,
+        # One, or several that are added: "SmoothL1Loss + GIoULoss".
         "BOX_LOSS": "SmoothL1Loss",
         "SAMPLER": part.sampler,
     }

@@ -36,6 +36,13 @@ _TRAIN_KEYS = {
     "cudnn_benchmark": "CUDNN_BENCHMARK",
     "float32_precision": "FLOAT32_PRECISION",
 }
+# Arguments of `dataloader.train`, and the trainer's own keys that they mean.
+_LOADER_ARGUMENTS = {
+    "total_batch_size": "SOLVER.IMS_PER_BATCH",
+    "num_workers": "DATALOADER.NUM_WORKERS",
+    "aspect_ratio_grouping": "DATALOADER.ASPECT_RATIO_GROUPING",
+    "dataset.filter_empty": "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+}
 # Keys that Detectron2's common configs have and this trainer does not: their only values.
 _FIXED_TRAIN_KEYS = {
     "checkpointer.max_to_keep": 100,
@@ -137,13 +144,12 @@ def _may_set(lazy, key):
 
 def _run_values(lazy, config_file):
     """Return {full key: value} of what the trainer itself has to know."""
-    values = {"SOLVER.IMS_PER_BATCH": _get(lazy, "dataloader.train.total_batch_size")}
+    values = {}
     for split, key in (("train", "DATASETS.TRAIN"), ("test", "DATASETS.TEST")):
         names = _get(lazy, f"dataloader.{split}.dataset.names", ())
         values[key] = (names,) if isinstance(names, str) else tuple(names)
-    values["DATALOADER.FILTER_EMPTY_ANNOTATIONS"] = _get(
-        lazy, "dataloader.train.dataset.filter_empty", True
-    )
+    for argument, key in _LOADER_ARGUMENTS.items():
+        values[key] = _get(lazy, f"dataloader.train.{argument}")
     for key, value in _leaves(lazy.train).items():
         if key in _TRAIN_KEYS:
             values[_TRAIN_KEYS[key]] = value

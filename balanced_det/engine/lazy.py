@@ -3,9 +3,11 @@
 import copy
 
 from detectron2.config import instantiate
+from detectron2.data import build_detection_train_loader
 from detectron2.solver import LRMultiplier
 
 from ..config.lazy import lazy_config
+from ..data.loader import TrainLoader
 from .trainer import Trainer
 
 
@@ -27,8 +29,21 @@ class LazyTrainer(Trainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        """Construct ``dataloader.train``."""
-        return instantiate(lazy_config(cfg).dataloader.train)
+        """Construct ``dataloader.train``.
+
+        Where it is Detectron2's loader, its mapper and sampler are given to ours, which can be
+        started at any batch and names broken images.
+        """
+        loader = lazy_config(cfg).dataloader.train
+        if loader._target_ is not build_detection_train_loader:
+            return instantiate(loader)
+        sampler = None
+        if loader.get("sampler") is not None:
+
+            def sampler(cfg, records):
+                return instantiate(loader.sampler)
+
+        return TrainLoader(cfg, instantiate(loader.mapper), sampler)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
