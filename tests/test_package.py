@@ -50,6 +50,7 @@ def test_the_wheel_carries_every_module_config_and_page_part(wheel):
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in packed)
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_analyses_data_and_writes_a_config_in_any_folder(wheel, tmp_path):
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
@@ -74,6 +75,20 @@ def test_an_installed_wheel_analyses_data_and_writes_a_config_in_any_folder(whee
         [sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert found.stdout.startswith(str(site))
+    # Its configs and the fragments of --with are found without a checkout.
+    fragments = (
+        "from balanced_det.config import load_config; from balanced_det.new import CONFIGS; "
+        "cfg = load_config(str(CONFIGS / 'quickstart_softmax.yaml'), fragments=['eql']); "
+        "print(cfg.BALANCE.ROI_HEADS.CLASSIFICATION_LOSS)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", fragments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout == "EqualizationLoss\n", found.stderr
     run("shapes", "--out", "data", "--classes", "4", "--train", "12", "--val", "4", "--size", "64")
     run("analyze", "--data", "data/train.json", "--row-images", "3", "--out", "analysis")
     assert (tmp_path / "analysis" / "analysis.html").stat().st_size > 100_000
@@ -148,7 +163,8 @@ def test_every_dependency_is_pinned_for_tests():
         for line in (ROOT / "requirements.txt").read_text().splitlines()
         if line and not line.startswith("#")
     }
-    extras = [name for extra in PROJECT["optional-dependencies"].values() for name in extra]
+    optional = PROJECT["optional-dependencies"]
+    extras = [name for extra in ("report", "pretrained", "dev") for name in optional[extra]]
     named = {
         re.split(r"[=<>]", requirement)[0].lower().replace("_", "-")
         for requirement in [*PROJECT["dependencies"], *extras]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode, get_cfg
 
-from ..data.registration import register_datasets
+from ..data.registration import num_classes, register_datasets
 from ..errors import InputError
 from .files import Layer, read_layers
 from .imports import import_modules, resolve_imports
@@ -21,12 +21,14 @@ logger = logging.getLogger(__name__)
 
 COMMAND_LINE = "the command line"
 # Fragments that --with finds by name.
-FRAGMENTS = Path(__file__).parents[2] / "configs" / "methods"
+FRAGMENTS = Path(__file__).parents[1] / "configs" / "methods"
 _FRAGMENT_FOLDERS = {
     "GeneralizedRCNN": "rcnn",
     "BalancedRetinaNet": "retinanet",
     "BalancedFCOS": "fcos",
 }
+# Keys that may be "auto": as many classes as the data sets have.
+CLASS_NUMBERS = tuple(f"MODEL.{node}.NUM_CLASSES" for node in ("ROI_HEADS", "RETINANET", "FCOS"))
 # What yacs raises for a key or value that it refuses, and Python for text that is no value.
 _CONFIG_ERRORS = (KeyError, ValueError, TypeError, AssertionError, RecursionError, MemoryError)
 
@@ -84,14 +86,22 @@ def merged(layers: list[Layer]) -> CfgNode:
     cfg = get_cfg()
     add_balanced_det_config(cfg)
     origins = {}
+    automatic = {}  # {key of a number of classes: whether the data gives it}
     for layer in layers:
         for key, value in layer.values.items():
+            if key in CLASS_NUMBERS:
+                automatic[key] = value == "auto"
+                if automatic[key]:
+                    continue
             _set(cfg, key, value, layer.source)
         slots = {slot: _value(cfg, slot) for slot in (*slot_keys(), "MODEL.BACKBONE.NAME")}
         origins.update(dict.fromkeys(layer.values, Origin(layer.source, slots)))
     # Beside the keys, for what reads the config to say who set them; see balanced_det.build.
     cfg.BALANCE.__dict__["origins"] = origins
-    return checked(cfg)
+    checked(cfg)
+    for key in (key for key, is_automatic in automatic.items() if is_automatic):
+        cfg.merge_from_list([key, num_classes(cfg)])
+    return cfg
 
 
 def checked(cfg: CfgNode) -> CfgNode:
