@@ -18,6 +18,7 @@ from ..rows import nonzero, on_device
 from .box_predictor import REPLACED_KEYS, BalancedFastRCNNOutputLayers, proposal_selection
 from .mask_head import MatchedMasks, foreground_proposals
 from .matching import Objects, match, pad
+from .pooler import with_batched_poolers
 from .proposals import clip
 
 
@@ -29,7 +30,8 @@ class _BatchedROIHeads:
         """Translate the config, see the class."""
         # Before Detectron2 builds its own predictor, which would refuse some of them its way.
         refuse_overridden_keys(cfg, "ROI_HEADS", REPLACED_KEYS)
-        return {**super().from_config(cfg, input_shape), "selection": proposal_selection(cfg)}
+        arguments = with_batched_poolers(super().from_config(cfg, input_shape))
+        return {**arguments, "selection": proposal_selection(cfg)}
 
     @torch.no_grad()
     def label_and_sample_proposals(self, proposals, targets):
