@@ -99,8 +99,9 @@ def test_the_batched_form_of_a_pooler_has_all_its_options(pooler_type):
         assert getattr(batched, name) == getattr(pooler, name)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
 def test_a_trace_serves_other_boxes():
-    features, (first, second) = features_of(1), boxes_of((4, 9))
+    features, (first, second) = [x.detach() for x in features_of(1)], boxes_of((4, 9))
 
     def pool(boxes):
         return BatchedROIPooler(**PYRAMID)(features, [Boxes(boxes)])

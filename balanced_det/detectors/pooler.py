@@ -88,8 +88,9 @@ class BatchedROIPooler(ROIPooler):
 
 
 def with_batched_poolers(arguments: dict) -> dict:
-    """Return a head's arguments with each of Detectron2's poolers in its batched form."""
+    """Return a head's arguments with Detectron2's own poolers in their batched form."""
     return {
-        name: BatchedROIPooler.of(value) if isinstance(value, ROIPooler) else value
+        # A pooler of one's own, derived from Detectron2's, stays what it is.
+        name: BatchedROIPooler.of(value) if type(value) is ROIPooler else value
         for name, value in arguments.items()
     }

@@ -30,8 +30,7 @@ class _BatchedROIHeads:
         """Translate the config, see the class."""
         # Before Detectron2 builds its own predictor, which would refuse some of them its way.
         refuse_overridden_keys(cfg, "ROI_HEADS", REPLACED_KEYS)
-        arguments = with_batched_poolers(super().from_config(cfg, input_shape))
-        return {**arguments, "selection": proposal_selection(cfg)}
+        return {**super().from_config(cfg, input_shape), "selection": proposal_selection(cfg)}
 
     @torch.no_grad()
     def label_and_sample_proposals(self, proposals, targets):
@@ -125,7 +124,7 @@ class BalancedROIHeads(_BatchedROIHeads, StandardROIHeads):
 
     @configurable
     def __init__(self, *, selection, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(**with_batched_poolers(kwargs))
         self.selection = selection
 
     @classmethod
@@ -146,7 +145,7 @@ class BalancedCascadeROIHeads(_BatchedROIHeads, CascadeROIHeads):
 
     @configurable
     def __init__(self, *, selection, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(**with_batched_poolers(kwargs))
         self.selection = selection
 
     def _create_proposals_from_boxes(self, boxes, image_sizes):
