@@ -632,7 +632,8 @@ def _show_repeats(page, a):
     page.say(
         "Repeat-factor sampling shows an image as often as its rarest class asks for, sqrt(t / f) "
         "times where f is the share of images that hold the class (arXiv 1908.03195). IRFS takes "
-        "the geometric mean of that and of the share of objects for f (arXiv 2305.08069)."
+        "the geometric mean of that and of the share of objects for f (arXiv 2305.08069); it is "
+        "the InstanceAwareRepeatFactorTrainingSampler."
     )
     factors = [
         survey.class_repeats(f, a.repeat_threshold) for f in (a.frequency, a.joint_frequency)

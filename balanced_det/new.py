@@ -154,6 +154,8 @@ def _first_image_names(json_file):
 def _data_name(path, folder):
     """A name that says where the data is; that of another file or folder is another one."""
     stem = f"{os.path.basename(os.path.dirname(path))}_{Path(path).stem}"
+    # Annotations alone are no data to train on, and leave the name to those with images.
+    stem += "" if folder else "_annotations"
     name = re.sub(r"\W+", "_", stem).strip("_") or "data"
     number, free = 1, name
     while free in DatasetCatalog and (path, folder or None) != (

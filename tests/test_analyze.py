@@ -67,7 +67,8 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "shapes"
+    # The configs of the project call theirs shapes_train.
+    folder = tmp_path_factory.mktemp("data") / "drawn"
     return shapes.generate(folder, classes=12, train=60, val=20, size=96)
 
 

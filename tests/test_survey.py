@@ -1,5 +1,6 @@
 """What is counted of a data set, and the settings that follow, against plain counting."""
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -16,6 +17,7 @@ from records import make_records
 from balanced_det.data import advice as rules
 from balanced_det.data import survey
 from balanced_det.data.statistics import dataset_statistics, frequency_group, objects
+from balanced_det.data.training_samplers import instance_aware_repeat_factors
 from balanced_det.detectors.anchor_fit import fit_anchors
 from balanced_det.errors import InputError
 
@@ -91,7 +93,7 @@ def test_iou_is_detectron2s():
 
 @pytest.mark.parametrize("threshold", [0.001, 0.3, 0.9])
 def test_repeats_are_detectron2s(threshold):
-    records = [{**r, "annotations": objects(r["annotations"])} for r in RECORDS]
+    records = [{**r, "annotations": objects(r["annotations"])} for r in copy.deepcopy(RECORDS)]
     # A class held by few images.
     for annotation in (a for r in records[5:] for a in r["annotations"] if a["category_id"] == 4):
         annotation["category_id"] = 0
@@ -102,6 +104,17 @@ def test_repeats_are_detectron2s(threshold):
         records, threshold
     )
     # Ours from float32 frequencies: relative error 6e-8 under the square root.
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [0.001, 0.3, 0.9])
+def test_irfs_repeats_are_those_of_its_sampler(threshold):
+    statistics = dataset_statistics(RECORDS, NUM_CLASSES)
+    share = statistics.instance_count / statistics.instance_count.sum()
+    repeats = survey.class_repeats((statistics.frequency * share).sqrt().numpy(), threshold)
+    found = survey.image_repeats(DATA, repeats)
+    expected = instance_aware_repeat_factors(RECORDS, threshold)
+    # Ours from float32 frequencies: relative error 6e-8 under the square roots.
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
 
 
