@@ -50,16 +50,25 @@ def command(data, out, *flags, starter=(), **changes):
     return [sys.executable, *starter, "train_net.py", *config, *flags, *text]
 
 
-def launch(arguments):
-    return subprocess.Popen(
-        arguments,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+class Run(subprocess.Popen):
+    """A command in processes of its own session, with all that they print in a file."""
+
+    def __init__(self, arguments, folder):
+        self.printed = folder / "printed.txt"
+        with open(self.printed, "w") as file:  # a pipe that nobody reads would stop the run
+            super().__init__(
+                arguments,
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def output(self, timeout=None):
+        """Wait for the end; return what was printed."""
+        self.wait(timeout)
+        return self.printed.read_text()
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -73,8 +82,8 @@ def test_torchrun_trains_what_num_gpus_trains(data, tmp_path):
     }
     states = {}
     for name, arguments in runs.items():
-        process = launch(arguments)
-        output, _ = process.communicate()
+        process = Run(arguments, tmp_path)
+        output = process.output()
         assert process.returncode == 0, output
         assert "World size: 2" in output
         assert "Written to" in output
@@ -85,8 +94,8 @@ def test_torchrun_trains_what_num_gpus_trains(data, tmp_path):
 @pytest.mark.slow
 def test_torchrun_tells_bad_input_once(data, tmp_path):
     arguments = command(data, tmp_path / "out", starter=TORCHRUN, **{"SOLVER.IMS_PER_BATCH": 3})
-    process = launch(arguments)
-    output, _ = process.communicate()
+    process = Run(arguments, tmp_path)
+    output = process.output()
     assert process.returncode != 0
     assert output.count("SOLVER.IMS_PER_BATCH is 3") == 1
     assert not (tmp_path / "out").exists()
@@ -110,8 +119,8 @@ def is_alive(pid):
 
 def wait_for_training(process, out):
     """Wait until the run has written a checkpoint, so that all its processes are at work."""
-    while not any(out.glob("model_*.pth")):
-        assert process.poll() is None, process.communicate()[0]
+    while not (out / "last_checkpoint").exists():
+        assert process.poll() is None, process.output()
         time.sleep(0.05)
 
 
@@ -143,14 +152,15 @@ def test_every_process_ends_when_one_is_told_to(data, tmp_path, ending):
     end, message = ENDINGS[ending]
     out = tmp_path / "out"
     changes = {**ENDLESS, "SOLVER.CHECKPOINT_PERIOD": 1}
-    process = launch(command(data, out, "--num-gpus", "2", "--dist-url", "auto", **changes))
+    arguments = command(data, out, "--num-gpus", "2", "--dist-url", "auto", **changes)
+    process = Run(arguments, tmp_path)
     try:
         wait_for_training(process, out)
         everyone = children(process.pid)
         assert len(workers_of(process.pid)) == 2
         end(process.pid)
         # Detectron2 and torch wait for 30 s at the most; a run that hangs ends the test here.
-        output, _ = process.communicate(timeout=120)
+        output = process.output(timeout=120)
         assert process.returncode != 0
         last = output.rstrip().splitlines()[-1]
         assert message in last
@@ -173,15 +183,16 @@ def test_bad_input_met_by_a_worker_is_one_sentence(data, tmp_path):
     broken.mkdir()
     for image in content["images"]:
         source = folder / image["file_name"]
-        (broken / image["file_name"]).write_bytes(source.read_bytes()[:300])
+        copy = broken / image["file_name"]
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(source.read_bytes()[:300])
     path = tmp_path / "train.json"
     path.write_text(json.dumps(content))
     sets = [[str(path), str(path), str(broken)], [str(data.val_json)] * 2 + [str(folder)]]
     changes = {"BALANCE.DATASETS": sets, "DATASETS.TRAIN": (str(path),)}
-    process = launch(
-        command(data, tmp_path / "out", "--num-gpus", "2", "--dist-url", "auto", **changes)
-    )
-    output, _ = process.communicate()
+    flags = ("--num-gpus", "2", "--dist-url", "auto")
+    process = Run(command(data, tmp_path / "out", *flags, **changes), tmp_path)
+    output = process.output()
     assert process.returncode == 1
     last = output.rstrip().splitlines()[-1]
     assert last.startswith("train_net.py: Batch 0 of the training: The image ")

@@ -6,7 +6,7 @@ import traceback
 
 from detectron2.data import DatasetCatalog
 
-from ..data.registration import training_statistics
+from ..data.registration import check_masks, training_statistics
 from ..errors import InputError
 from ..gradient_figure import PlotGradients
 from .checkpoint import (
@@ -66,6 +66,7 @@ def check_run(cfg, eval_only=False, resume=False, num_workers=1):
         check_model_classes(cfg, cfg.DATASETS.TRAIN)
         if cfg.BALANCE.GRADIENT_FIGURE_PERIOD:
             PlotGradients(cfg.BALANCE.GRADIENT_FIGURE_PERIOD, cfg.OUTPUT_DIR)  # for its checks
+    check_masks(cfg, eval_only)
     _check_model(cfg, eval_only, resumes)
 
 

@@ -450,9 +450,21 @@ def softmax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 _LARGEST = torch.finfo(torch.float32).max / 2
 
 
+class _Finite(torch.autograd.Function):
+    """A clamp that lets gradients through, which are bounded anyway, without a mask to save."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clamp(-_LARGEST, _LARGEST)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output
+
+
 def finite(logits: Tensor) -> Tensor:
-    """Return ``logits`` with what lies beyond +-1.7e38 moved there, without gradient; nan stays."""
-    return logits.clamp(-_LARGEST, _LARGEST)
+    """Return ``logits`` with what lies beyond +-1.7e38 moved there; nan stays."""
+    return _Finite.apply(logits)
 
 
 def background_probability(loss: ClassificationLoss, prior_prob: float) -> float:

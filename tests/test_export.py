@@ -1,0 +1,73 @@
+"""Tracing by Detectron2's ``TracingAdapter``, as its own export tests have it, on our detectors."""
+
+import pytest
+import torch
+from detectron2.export import TracingAdapter
+from detectron2.export.torchscript_patch import patch_builtin_len
+from detectron2.modeling import build_model
+from detectron2.utils.testing import assert_instances_allclose
+from torch.nn import functional as F
+
+from .models import DETECTORS, batch, config
+
+# Nearly all boxes are detections, so that a number that tracing fixed shows in what comes out.
+LOW = {
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0,
+    "MODEL.FCOS.SCORE_THRESH_TEST": 0.0,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 500,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 500,
+    "MODEL.RPN.MIN_SIZE": 0,
+    "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": 0,
+}
+
+
+def build(name):
+    keys = {key: value for key, value in LOW.items() if key != "MODEL.RPN.MIN_SIZE"}
+    torch.manual_seed(0)
+    return build_model(config(DETECTORS[name], keys)).eval()
+
+
+def postprocessed(model, image):
+    inputs = [{"image": image, "height": image.shape[1], "width": image.shape[2]}]
+    if hasattr(model, "inference"):
+        return model.inference(inputs, do_postprocess=True)[0]["instances"]
+    return model.forward(inputs)[0]["instances"]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_traced_detector_takes_images_of_other_sizes_and_numbers_of_proposals(name):
+    model = build(name)
+    large = batch((1,), seed=1)[0]["image"]
+    small = F.interpolate(large[None], scale_factor=0.5)[0]
+    wrapper = TracingAdapter(model, large, postprocessed).eval()
+    with torch.no_grad(), patch_builtin_len():
+        traced = torch.jit.trace(wrapper, (small,), check_trace=False)
+    with torch.no_grad():
+        for image in (small, large):
+            expected = postprocessed(model, image)
+            assert len(expected) > 0
+            found = wrapper.outputs_schema(traced(image))
+            # The traced graph may fuse what eager mode computes one by one; in float32 boxes of up
+            # to 128 pixels are then off by some 1e-5.
+            assert_instances_allclose(found, expected, rtol=1e-4, size_as_tensor=True)
+
+
+@pytest.mark.parametrize("name", ["faster", "cascade"])
+def test_traced_batch_lets_the_proposals_of_each_image_vary(name):
+    model = build(name)
+    images = [batch((1,), seed=seed)[0]["image"] for seed in (1, 2)]
+    # One image without contrast has other proposals than one with.
+    others = [images[1], torch.zeros_like(images[0]) + 128]
+
+    def inference(model, first, second):
+        return model.inference([{"image": first}, {"image": second}], do_postprocess=False)
+
+    wrapper = TracingAdapter(model, tuple(images), inference).eval()
+    with torch.no_grad(), patch_builtin_len():
+        traced = torch.jit.trace(wrapper, tuple(images), check_trace=False)
+    with torch.no_grad():
+        expected = inference(model, *others)
+        found = wrapper.outputs_schema(traced(*others))
+        for one, other in zip(found, expected, strict=True):
+            assert_instances_allclose(one, other, rtol=1e-4, size_as_tensor=True)
