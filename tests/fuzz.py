@@ -37,8 +37,8 @@ from balanced_det.data.annotations import read_annotations
 from balanced_det.data.registration import load_detections
 from balanced_det.data.statistics import dataset_statistics
 from balanced_det.errors import InputError
-from balanced_det.evaluation import evaluate_lvis
-from balanced_det.evaluation.detections import read_detection_file
+from balanced_det.evaluation import Matcher, evaluate_lvis
+from balanced_det.evaluation.detections import read_detection_files
 
 
 @dataclass(frozen=True)
@@ -193,15 +193,18 @@ def detection_seeds():
         }
         for i, a in enumerate(content["annotations"][:3])
     ]
-    return [json.dumps(rows).encode()]
+    as_we_write_it = "[\n" + ",\n".join(json.dumps(row, separators=",:") for row in rows) + "\n]"
+    return [json.dumps(rows).encode(), as_we_write_it.encode()]
 
 
 @reader("detections", ".json", detection_seeds)
 def use_detections(path):
     """Read a detection file and evaluate it."""
-    rows = read_detection_file(path)
+    truth = read_annotations(lvis_content())
     for iou_type in ("bbox", "segm"):
-        evaluate_lvis(lvis_content(), rows, iou_type)
+        matcher = Matcher(truth, iou_type)
+        matcher.update_all(read_detection_files([path], truth, iou_type))
+        matcher.result()
 
 
 # --- Spoiling -------------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ def test_class_weights_may_be_given_or_left_to_the_checkpoint():
     given = build_criterion(config(FASTER, {key: [1.0, 2.0, 3.0, 4.0, 5.0]}), "ROI_HEADS", 5)
     assert given.classification_loss.class_weight.tolist() == [1, 2, 3, 4, 5]
     unknown = build_criterion(config(FASTER, {key: "auto"}), "ROI_HEADS", 5)
-    assert unknown.classification_loss.class_weight.isnan().all()
+    assert unknown.classification_loss.class_weights.values.isnan().all()
+    with pytest.raises(InputError, match="class_weight is unknown"):
+        unknown.classification_loss(torch.zeros(1, 6), torch.zeros(1).long(), 1)
     unknown.load_state_dict(given.state_dict())
     assert unknown.classification_loss.class_weight.tolist() == [1, 2, 3, 4, 5]
     plain = build_criterion(config(FASTER), "ROI_HEADS", 5)

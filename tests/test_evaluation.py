@@ -6,18 +6,22 @@ import math
 import types
 from pathlib import Path
 
+import models
 import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, LVISEvaluator
+from detectron2.evaluation import COCOEvaluator, LVISEvaluator, inference_on_dataset
 from detectron2.structures import Boxes, Instances
 from distributed import run_workers
 from pycocotools import mask as masks
 
+from balanced_det.data import shapes
 from balanced_det.data.annotations import read_annotations
+from balanced_det.data.registration import register_datasets
 from balanced_det.data.run_lengths import counts_of
+from balanced_det.engine import Trainer
 from balanced_det.errors import InputError
 from balanced_det.evaluation import (
     METRICS,
@@ -874,6 +878,29 @@ def test_detections_read_by_column_are_those_read_one_by_one(iou_type):
         np.testing.assert_array_equal(getattr(fast, name), column)
 
 
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_files_read_in_parts_are_those_read_at_once(iou_type, interrupted, tmp_path, monkeypatch):
+    json_file, ours, *_ = interrupted
+    rows = json.loads(ours.read_text())
+    others = tmp_path / "others.json"
+    others.write_text(json.dumps(rows, indent=1))
+    split = tmp_path / "split.json"  # begins and ends as ours, but not in lines of its own
+    split.write_text(ours.read_text().replace('"score"', '\n"score"'))
+    monkeypatch.setattr(detections, "_PART", 300)
+    assert detections._is_as_we_write_it(ours) and not detections._is_as_we_write_it(others)
+    truth = read_annotations(json_file)
+    expected = read_detections(rows, truth, iou_type)
+    for path in (ours, others, split):
+        found = detections.read_detection_files([path], truth, iou_type)
+        for name, column in vars(expected).items():
+            np.testing.assert_array_equal(getattr(found, name), column)
+    bad = tmp_path / "bad.json"
+    bad.write_text(ours.read_text().replace('"image_id":4', '"image_id":44'))
+    first_bad = next(i for i, row in enumerate(rows) if row["image_id"] == 4)
+    with pytest.raises(InputError, match=f"Detection {first_bad} has image_id 44"):
+        detections.read_detection_files([bad], truth, iou_type)
+
+
 def test_scores_and_boxes_survive_the_file_to_the_bit():
     generator = np.random.default_rng(0)
     numbers = np.exp(generator.uniform(-20, 8, 10_000)).astype(np.float32)
@@ -929,6 +956,54 @@ def test_one_object_without_a_mask_is_told_and_boxes_are_evaluated(register, cap
     evaluator.process(inputs, outputs)
     assert list(evaluator.evaluate()) == ["bbox"]
     assert "annotation 2 has none" in caplog.text
+
+
+def test_masks_may_come_as_run_lengths(register, tmp_path):
+    content, inputs, outputs = larger_case()
+    outputs[0]["instances"].scores[1] = math.nan  # dropped, with its mask
+    written = []
+    for form in ("masks", "run lengths"):
+        if form == "run lengths":
+            for output in outputs:
+                pasted = output["instances"].pred_masks.permute(1, 2, 0).numpy().astype(np.uint8)
+                output["instances"].remove("pred_masks")
+                rles = masks.encode(np.asfortranarray(pasted))
+                output["instances"].pred_masks_rle = rles
+        evaluator = BalancedLVISEvaluator(register(content), tmp_path / form)
+        evaluator.process(inputs, copy.deepcopy(outputs))
+        evaluator.evaluate()
+        written.append({path.name: path.read_bytes() for path in (tmp_path / form).iterdir()})
+    assert written[0] == written[1]
+    assert b'"segm"' in written[0]["lvis_results.json"]
+
+
+def test_a_mask_rcnn_is_evaluated_by_run_lengths_as_by_pasted_masks(tmp_path):
+    torch.manual_seed(0)
+    paths = shapes.generate(
+        tmp_path / "shapes", classes=models.NUM_CLASSES, train=4, val=3, size=64
+    )
+    name = str(paths.val_json)  # a name not used before
+    cfg = models.config(models.MASK)
+    cfg.BALANCE.DATASETS = [[name, name, str(paths.image_root)]]
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
+    # A network that has learnt nothing still finds something to compare.
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    register_datasets(cfg)
+    model = Trainer.build_model(cfg)
+    ours = Trainer.test(cfg, model)
+
+    evaluator = Trainer.build_evaluator(cfg, name, str(tmp_path / "pasted"))
+    loader = Trainer.build_test_loader(cfg, name)
+    pasted = inference_on_dataset(model, loader, evaluator)
+    assert set(ours) == {"bbox", "segm"}
+    assert repr(ours) == repr(pasted)
+    for path in (tmp_path / "pasted").iterdir():
+        assert path.read_bytes() == (tmp_path / "out/inference" / path.name).read_bytes()
+    assert len(json.loads((tmp_path / "pasted/lvis_instances_results.json").read_text())) > 100
+    assert model.training  # as it was before
 
 
 def test_each_of_several_test_sets_has_its_folder_and_own_data_its_limit(register):

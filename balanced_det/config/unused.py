@@ -29,7 +29,6 @@ _EFFECT = {
     "CLASSIFICATION_WEIGHT": "it has an effect without GUIDED_LOSS only, which gives the loss the "
     "size of the box loss whatever its weight is",
     "GUIDED_FACTOR": "it has an effect with GUIDED_LOSS only",
-    "CLASS_WEIGHT_STRENGTH": "it has an effect with counted CLASS_WEIGHTS only",
     "PRIOR_PROB": "it has an effect without OPTIMAL_PRIOR only, which counts the prior",
     "ROWS_PER_IMAGE": "it has an effect with a SAMPLER that does not take all rows",
     "POSITIVE_FRACTION": "it has an effect with a SAMPLER that does not take all rows",

@@ -7,6 +7,7 @@ import weakref
 
 import torch
 from detectron2.engine import DefaultTrainer, defaults, hooks
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from tabulate import tabulate
 
@@ -14,8 +15,9 @@ from ..build import build_model
 from ..data.loader import TrainLoader, build_test_loader
 from ..data.registration import training_statistics
 from ..detectors.counting import fit_to_training_data
+from ..detectors.masks import MasksAsRLE
 from ..errors import InputError
-from ..evaluation import build_evaluator
+from ..evaluation import BalancedLVISEvaluator, build_evaluator
 from ..gradient_figure import PlotGradients
 from .checkpoint import build_checkpointer, load_weights
 from .classes import check_model_classes
@@ -134,6 +136,19 @@ class Trainer(DefaultTrainer):
             logger.warning("Evaluating without the training set's class counts: %s", error)
             statistics = None
         return build_evaluator(cfg, dataset_name, output_folder, train_statistics=statistics)
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        """Evaluate on every test set; where all evaluators take them, masks come as run lengths."""
+        if evaluators is None:
+            evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
+        elif isinstance(evaluators, DatasetEvaluator):
+            evaluators = [evaluators]
+        if all(isinstance(evaluator, BalancedLVISEvaluator) for evaluator in evaluators):
+            with_run_lengths = MasksAsRLE(model)
+            with_run_lengths.training = model.training  # what is set again afterwards
+            model = with_run_lengths
+        return super().test(cfg, model, evaluators)
 
     def build_hooks(self):
         """Return Detectron2's hooks and this project's own."""

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from ..data.annotations import Annotations, integer, read_annotations, shortened
 from ..errors import InputError
-from .detections import read_detection_file, read_detections
+from .detections import first_row, read_detection_files
 from .lvis import IOU_TYPES, MAX_DETS, METRICS, Matcher, fixed_result
 from .per_class import (
     class_rows,
@@ -59,8 +59,8 @@ def evaluate_files(
     Args:
         annotations: annotation file.
         detections: detection files, the parts of an interrupted run for example.
-        tasks: of "bbox" and "segm"; None takes boxes, and masks where all detections and all
-            objects have one.
+        tasks: of "bbox" and "segm"; None takes boxes, and masks where the first detection of each
+            file and all objects have one.
         max_dets: detections that count in an image; None for all.
         train: annotation file of the training set, for groups and training images.
         out: folder for ``lvis_results.json``, ``lvis_classes.json`` and ``lvis_classes.csv``.
@@ -69,14 +69,13 @@ def evaluate_files(
         InputError: a file cannot be used.
     """
     truth = read_annotations(annotations)
-    rows = [row for path in detections for row in read_detection_file(path)]
     images, groups = train_counts(train, truth) if train else ({}, {})
     if not len(truth):
         raise InputError(f"{truth.source} holds no annotation to evaluate with.")
     results, percents = {}, {}
-    for task in tasks or _tasks(truth, rows):
+    for task in tasks or _tasks(truth, detections):
         matcher = Matcher(truth, task, max_dets)
-        found = read_detections(rows, truth, task)
+        found = read_detection_files(detections, truth, task)
         matcher.update_all(found)
         results[task] = matcher.result(groups)
         fixed = fixed_result(truth, found, task, groups)
@@ -95,8 +94,9 @@ def evaluate_files(
         print(f"\nWritten to {os.path.abspath(out)}")
 
 
-def _tasks(truth, rows):
-    has_masks = len(rows) and all(isinstance(r, dict) and r.get("segmentation") for r in rows)
+def _tasks(truth, detections):
+    rows = [row for row in map(first_row, detections) if row is not None]
+    has_masks = rows and all(isinstance(row, dict) and row.get("segmentation") for row in rows)
     return IOU_TYPES if has_masks and truth.first_without_mask() is None else IOU_TYPES[:1]
 
 

@@ -116,7 +116,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         Args:
             inputs: the model's inputs; ``image_id`` is used.
             outputs: dictionaries with ``instances``: ``pred_boxes``, ``scores``, ``pred_classes``
-                and, optionally, ``pred_masks`` at the size of the input image.
+                and, for masks, ``pred_masks_rle`` or ``pred_masks``, see :func:`run_lengths_of`.
         """
         if self._truth is None:
             self._read_truth()
@@ -182,6 +182,9 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         finite = instances.scores.isfinite() & instances.pred_boxes.tensor.isfinite().all(dim=1)
         self._num_images += 1
         self._num_dropped += int((~finite).sum())
+        masks = run_lengths_of(instances, finite)
+        if instances.has("pred_masks_rle"):
+            instances.remove("pred_masks_rle")  # a list cannot be indexed by what follows
         instances = instances[finite]
         classes = instances.pred_classes.numpy()
         boxes = instances.pred_boxes.tensor.detach().clone()
@@ -189,7 +192,6 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         box_texts = texts_of(boxes.float().numpy() if boxes.element_size() < 4 else boxes.numpy())
         scores = instances.scores.detach()
         score_texts = texts_of((scores.float() if scores.element_size() < 4 else scores).numpy())
-        masks = run_lengths_of(instances)
         if self._writer is not None:
             self._writer.write(
                 row_text(
@@ -305,14 +307,22 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         }
 
 
-def run_lengths_of(instances):
-    """Return the masks of ``instances`` as n compressed run lengths, None where it has none."""
-    if not instances.has("pred_masks"):
+def run_lengths_of(instances, kept):
+    """Return the masks of detections in compressed run lengths, None where there are no masks.
+
+    Args:
+        instances: D detections with ``pred_masks_rle``, D run lengths as
+            :class:`~balanced_det.detectors.masks.MasksAsRLE` makes them, or with ``pred_masks``
+            (D, H, W) as Detectron2 does.
+        kept: (D,) bool, the detections that are wanted.
+    """
+    if instances.has("pred_masks_rle"):
+        rles = [rle for rle, is_kept in zip(instances.pred_masks_rle, kept.tolist()) if is_kept]
+    elif instances.has("pred_masks"):
+        masks = instances.pred_masks[kept].permute(1, 2, 0).numpy()  # (H, W, kept)
+        rles = mask_util.encode(np.asfortranarray(masks, dtype=np.uint8)) if masks.size else []
+    else:
         return None
-    if not len(instances):
-        return []
-    masks = instances.pred_masks.permute(1, 2, 0).numpy()  # (height, width, n)
-    rles = mask_util.encode(np.asfortranarray(masks, dtype=np.uint8))
     return [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in rles]
 
 

@@ -32,15 +32,8 @@ from torch.nn import functional as F
 from ..distributed import sum_over_workers
 from ..errors import InputError
 from ..rows import foreground
-from .base import (
-    CLASSIFICATION_LOSSES,
-    ClassificationLoss,
-    add,
-    background_probability,
-    finite,
-    softmax_cross_entropy,
-    upcast,
-)
+from .base import CLASSIFICATION_LOSSES, ClassificationLoss, add, upcast
+from .softmax import background_probability, finite, softmax_cross_entropy
 
 _LEAST_SCORE = 0.01
 

@@ -13,8 +13,10 @@ these additions, which must be atomic since boxes overlap, are what the backward
 
 Channels lie side by side in memory (N, H, W, C), so that all reads and additions are contiguous.
 The positions of samples are torchvision's to the last bit, since a sample that leaves the image by
-one rounding step counts no more: its CPU code rounds every operation; its CUDA code is compiled to
-fused multiplications and additions, which the kernels ask for (FUSED), and forbid elsewhere.
+one rounding step counts no more. Its CPU code rounds every operation. Its CUDA code is compiled to
+fused multiplications and additions for box * scale - offset and bin * size + start, and to single
+operations for the rest (read from the sm_90 machine code of torchvision 0.29.1); the kernels ask
+for the same (FUSED).
 
 Letters: T boxes, P pixels, G samples, C channels; a bin is (i, j) of BINS_Y x BINS_X.
 """
@@ -24,26 +26,23 @@ import triton.language as tl
 
 from .triton_kernels import _current_device
 
-_PIXELS = 16  # Pixels of a bin that the forward kernel reads at a time.
-_COLUMNS = 32  # Pixels of a row that the backward kernel adds to at a time.
+_PIXELS = 8  # Pixels of a bin that the forward kernel reads at a time.
+_COLUMNS = 8  # Pixels of a row that the backward kernel adds to at a time.
 _PARTS = 8  # Programs that share the pixel rows of a box in the backward kernel.
 _MAX_CHANNELS = 256  # Channels of a program.
-_WARPS = 4
-
-# The sizes of feature maps change with every batch; nothing is compiled anew for them.
-_SIZES = ["heights", "widths", "scales"]
+_WARPS = 1  # So no thread waits for another.
 
 
 @triton.jit
 def _level(features, heights, widths, scales, level):
     """Return pointer, height, width and scale of a level; of an unknown one, a height of 0."""
     pointer = features[0]
-    height, width, scale = 0, 0, scales[0]
+    height, width, scale = 0.0, 0.0, scales[0]
     for known in tl.static_range(len(features)):
         if level == known:
             pointer = features[known]
             height, width, scale = heights[known], widths[known], scales[known]
-    return pointer, height, width, scale
+    return pointer, tl.cast(height, tl.int32), tl.cast(width, tl.int32), scale
 
 
 @triton.jit
@@ -107,6 +106,14 @@ def _weight(
     return weight
 
 
+@triton.jit
+def _touching(first, count, begin, end, BINS: tl.constexpr, LANES: tl.constexpr):
+    """Return the range of the bins, each with its ``count`` pixels, that touch [begin, end)."""
+    lane = tl.arange(0, LANES)
+    touches = (lane < BINS) & (first < end) & (first + count > begin)
+    return tl.min(tl.where(touches, lane, BINS), axis=0), tl.max(tl.where(touches, lane + 1, 0), 0)
+
+
 # fmt: off
 @triton.jit
 def _region(
@@ -129,7 +136,7 @@ def _region(
 
 
 # fmt: off
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit
 def _forward_kernel(
     features,  # A tuple of (N, H, W, C), one a level, and their sizes and scales.
     heights, widths, scales,
@@ -154,7 +161,7 @@ def _forward_kernel(
     lane = tl.arange(0, PIXELS)
     for j in range(BINS_X):
         first_column, columns = _pixels(x, bin_x, samples_x, width, j, j, FUSED)
-        total = tl.zeros((PIXELS, CHANNELS), tl.float32)
+        total = tl.zeros((CHANNELS,), tl.float32)
         for begin in range(0, rows * columns, PIXELS):
             row = first_row + (begin + lane) // columns  # (P,)
             column = first_column + (begin + lane) % columns
@@ -164,13 +171,13 @@ def _forward_kernel(
             at = ((row * width + column) * channels)[:, None] + channel[None, :]  # (P, C)
             mask = (weight > 0.0)[:, None] & exists[None, :]
             value = tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
-            total = tl.fma(tl.broadcast_to(weight[:, None], total.shape), value, total)
+            total += tl.sum(weight[:, None] * value, axis=0)
         out = out_ptr + ((box * BINS_Y + i) * BINS_X + j) * channels + channel
-        tl.store(out, tl.sum(total, axis=0) / count, mask=exists)
+        tl.store(out, total / count, mask=exists)
 
 
 # fmt: off
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit
 def _backward_kernel(
     gradients,  # A tuple of (N, H, W, C) float32, one a level, to be added to.
     heights, widths, scales,
@@ -179,8 +186,8 @@ def _backward_kernel(
     of_out_ptr,  # (T, BINS_Y, BINS_X, C), the gradient that comes in.
     channels,
     BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr,
-    FUSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-    SAMPLES: tl.constexpr,
+    FUSED: tl.constexpr, LANES_Y: tl.constexpr, LANES_X: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, SAMPLES: tl.constexpr,
 ):
     # fmt: on
     """One program adds to every PARTS-th of the pixel rows that a box touches."""
@@ -196,37 +203,39 @@ def _backward_kernel(
     first_column, columns = _pixels(
         x, bin_x, samples_x, width, part * 0, part * 0 + BINS_X - 1, FUSED
     )
-    bin_row = tl.arange(0, ROWS)  # (B,)
+    i_lane, j_lane = tl.arange(0, LANES_Y), tl.arange(0, LANES_X)  # (B,), all bins
+    top, high = _pixels(y, bin_y, samples_y, height, i_lane, i_lane, FUSED)
+    left, wide = _pixels(x, bin_x, samples_x, width, j_lane, j_lane, FUSED)
     lane = tl.arange(0, COLUMNS)
     of_out_ptr += box * BINS_Y * BINS_X * channels
     for row in range(first_row + part, first_row + rows, tl.num_programs(1)):
-        # What this row of pixels takes of each row of bins: two of them at most, usually.
+        # What each row of bins gives to this row of pixels; of two of them, usually, not zero.
         of_row = _weight(
-            row + bin_row * 0, bin_row, y, bin_y, samples_y, height, FUSED, SAMPLES
+            row + i_lane * 0, i_lane, y, bin_y, samples_y, height, FUSED, SAMPLES
         )  # (B,)
-        of_row = tl.where(bin_row < BINS_Y, of_row, 0.0) / count
-        mask = (of_row > 0.0)[:, None] & exists[None, :]  # (B, C)
-        if tl.sum(of_row, axis=0) > 0.0:
-            for begin in range(0, columns, COLUMNS):
-                column = first_column + begin + lane  # (P,)
-                touched = lane < 0
-                total = tl.zeros((COLUMNS, CHANNELS), tl.float32)
-                for j in range(BINS_X):
-                    weight = _weight(
+        first_i, end_i = _touching(top, high, row, row + 1, BINS_Y, LANES_Y)
+        for begin in range(first_column, first_column + columns, COLUMNS):
+            column = begin + lane  # (P,)
+            first_j, end_j = _touching(left, wide, begin, begin + COLUMNS, BINS_X, LANES_X)
+            touched = lane < 0
+            total = tl.zeros((COLUMNS, CHANNELS), tl.float32)
+            for i in range(first_i, end_i):
+                share = tl.sum(tl.where(i_lane == i, of_row, 0.0), axis=0) / count
+                for j in range(first_j, end_j):
+                    weight = share * _weight(
                         column, j + lane * 0, x, bin_x, samples_x, width, FUSED, SAMPLES
                     )
                     touched |= weight > 0.0
-                    at = ((bin_row * BINS_X + j) * channels)[:, None] + channel[None, :]
-                    value = tl.load(of_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-                    value = tl.sum(of_row[:, None] * value, axis=0)  # (C,)
+                    at = (i * BINS_X + j) * channels + channel
+                    value = tl.load(of_out_ptr + at, mask=exists, other=0.0).to(tl.float32)  # (C,)
                     total = tl.fma(
                         tl.broadcast_to(weight[:, None], total.shape),
                         tl.broadcast_to(value[None, :], total.shape),
                         total,
                     )
-                at = ((row * width + column) * channels)[:, None] + channel[None, :]  # (P, C)
-                mask_at = (touched & (begin + lane < columns))[:, None] & exists[None, :]
-                tl.atomic_add(pointer + at, total, mask=mask_at, sem="relaxed")
+            at = ((row * width + column) * channels)[:, None] + channel[None, :]  # (P, C)
+            mask = touched[:, None] & exists[None, :]
+            tl.atomic_add(pointer + at, total, mask=mask, sem="relaxed")
 
 
 def forward(features, boxes, image, level, scales, bins, sampling_ratio, aligned):
@@ -278,14 +287,17 @@ def backward(gradients, of_out, boxes, image, level, scales, sampling_ratio, ali
                 of_out,
                 channels,
                 **options,
-                ROWS=triton.next_power_of_2(bins[0]),
+                LANES_Y=triton.next_power_of_2(bins[0]),
+                LANES_X=triton.next_power_of_2(bins[1]),
                 COLUMNS=_COLUMNS,
             )
 
 
 def _maps(features, scales):
     """Return the kernels' arguments that tell of the levels."""
-    heights, widths = zip(*(x.shape[2:] for x in features))
+    # Sizes change with every batch. Of integers in a tuple it is compiled in whether they are 1 or
+    # divide by 16, so the kernels would be compiled anew; of floating-point numbers nothing is.
+    heights, widths = zip(*((float(x.shape[2]), float(x.shape[3])) for x in features))
     return tuple(features), heights, widths, tuple(float(scale) for scale in scales)
 
 
