@@ -31,6 +31,7 @@ from timing import milliseconds
 from torchvision.ops import boxes as box_ops
 
 import balanced_det.detectors  # noqa: F401  (registers them)
+from balanced_det.build import counting
 from balanced_det.config import add_balanced_det_config
 from balanced_det.detectors.masks import MasksAsRLE, masks_to_rle
 
@@ -83,11 +84,11 @@ def build(config, device, *options):
     cfg.merge_from_file(str(CONFIGS / config), allow_unsafe=False)
     cfg.MODEL.DEVICE = device
     cfg.TEST.DETECTIONS_PER_IMAGE = 300
-    cfg.BALANCE.COUNT = False
     for keys in options:
         cfg.merge_from_list(keys)
     torch.manual_seed(0)
-    model = build_model(cfg).eval()
+    with counting(False):
+        model = build_model(cfg).eval()
     for name, module in model.named_modules():
         if name.endswith("conv3.norm"):
             # Untrained, frozen batch normalization lets activations grow from block to block.

@@ -281,7 +281,7 @@ def test_what_does_not_fit_the_network_is_refused_in_a_sentence(detector, keys, 
 def test_the_example_base_trains_the_whole_network():
     need("efficientnet_lite0")
     path = Path(__file__).parents[1] / "configs" / "Base-lite0-RCNN.yaml"
-    cfg = load_config(str(path), BALANCE__COUNT=False, MODEL__DEVICE="cpu")
+    cfg = load_config(str(path), MODEL__DEVICE="cpu")
     cfg.DATASETS.TEST = ()
     check_run(cfg, eval_only=True)
     model = build_model(cfg)

@@ -18,7 +18,7 @@ REMEDIES = [name for name, loss in CLASSIFICATION_LOSSES if loss.needs]
 @pytest.fixture(scope="module")
 def counted():
     records = make_records(30)
-    keys = {"DATASETS.TRAIN": (register(records),), "BALANCE.COUNT": True}
+    keys = {"DATASETS.TRAIN": (register(records),)}
     return keys, dataset_statistics(records, NUM_CLASSES)
 
 

@@ -204,6 +204,7 @@ UNUSED = {
         },
         "with counted CLASS_WEIGHTS",
     ),
+    "a network below no pyramid": (FASTER, {"MODEL.BOTTOM_UP.NORM": "FrozenBN"}, "bottom_up_fpn"),
     "FCOS's keys": (RETINANET, {"MODEL.FCOS.NUM_CONVS": 2}, "BalancedFCOS"),
 }
 

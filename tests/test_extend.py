@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from balanced_det.config import load_config
+from balanced_det.config.keys import SLOTS
 from balanced_det.data import shapes
 from balanced_det.errors import InputError
 
@@ -122,6 +123,19 @@ def test_the_pages_objects_work_by_hand(project):
 
 
 # --- Imports, in the loader alone -----------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def registries_as_before():
+    """Take back what a test registers, which other tests of this process would find."""
+    before = {registry: dict(registry._methods) for registry in SLOTS.values()}
+    modules = set(sys.modules)
+    yield
+    for registry, methods in before.items():
+        registry._methods = methods
+    for name in set(sys.modules) - modules:
+        if name.startswith("balanced_det_import_"):
+            del sys.modules[name]
 
 
 def write(folder, name, content):
