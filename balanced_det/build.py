@@ -45,32 +45,37 @@ def build_model(cfg, count: bool = True):
     Raises:
         InputError: a value cannot be used, or a key that was set has no effect on this model.
     """
-    from . import detectors
+    from . import detectors  # registers them; they import this module
 
     check_ranges(cfg)
-    if lazy_config(cfg) is not None:
-        return _build_lazy_model(cfg, count)
-    recording, reads = recorded(cfg)
     with counting(count):
-        model = modeling.build_model(recording)
-    if any(isinstance(module, GradientDensity) for module in model.modules()):
-        reads.add("BALANCE.GRADIENT_FIGURE_PERIOD")  # there is something to draw
-    refuse_unused(cfg, reads)
+        if lazy_config(cfg) is None:
+            model = _build_from_keys(cfg)
+        else:
+            model = _build_lazily(cfg, cfg.DATASETS.TRAIN if count else cfg.DATASETS.TEST)
     detectors.fold_frozen_norms(model)
     return model.to(memory_format=torch.channels_last) if cfg.BALANCE.CHANNELS_LAST else model
 
 
-def _build_lazy_model(cfg, count):
+def _build_from_keys(cfg):
+    recording, reads = recorded(cfg)
+    model = modeling.build_model(recording)
+    if any(isinstance(module, GradientDensity) for module in model.modules()):
+        reads.add("BALANCE.GRADIENT_FIGURE_PERIOD")  # there is something to draw
+    refuse_unused(cfg, reads)
+    return model
+
+
+def _build_lazily(cfg, names):
+    """Construct the model of a Python config for the data sets called ``names``."""
     model = lazy_config(cfg).model
     for key in ("roi_heads.num_classes", "num_classes"):
         num_classes = OmegaConf.select(model, key)
         if num_classes is not None:
-            names = cfg.DATASETS.TRAIN if count else cfg.DATASETS.TEST
             check_num_classes(cfg, num_classes, f"model.{key}", names)
     token = _run.set(cfg)
     try:
-        with counting(count):
-            return instantiate(model).to(cfg.MODEL.DEVICE)
+        return instantiate(model).to(cfg.MODEL.DEVICE)
     except (TypeError, ImportError) as error:  # an argument that is wrong, missing or too much
         raise InputError(f"The model cannot be built: {error}.") from error
     finally:

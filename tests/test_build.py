@@ -18,7 +18,7 @@ REMEDIES = [name for name, loss in CLASSIFICATION_LOSSES if loss.needs]
 @pytest.fixture(scope="module")
 def counted():
     records = make_records(30)
-    keys = {"DATASETS.TRAIN": (register(records),), "BALANCE.COUNT": True}
+    keys = {"DATASETS.TRAIN": (register(records),)}
     return keys, dataset_statistics(records, NUM_CLASSES)
 
 
@@ -90,8 +90,11 @@ def test_losses_are_refused_where_they_say_so_and_nowhere_else(name, part):
     assert_one_sentence(refused.value)
 
 
+def test_objectness_has_no_classes_to_weigh_or_calibrate():
+    assert not {"CLASS_WEIGHTS", "SCORE_CALIBRATION"} & config().BALANCE.RPN.keys()
+
+
 REFUSALS = {
-    "weights of objectness": ("RPN", {"CLASS_WEIGHTS": "auto"}, "RPN.CLASS_WEIGHTS: objectness"),
     "unknown weights": ("DENSE", {"CLASS_WEIGHTS": "sqrt"}, "known are: effective_number"),
     "too few weights": ("DENSE", {"CLASS_WEIGHTS": [1.0]}, "DENSE.CLASS_WEIGHTS: .*5 classes"),
     "strength": (

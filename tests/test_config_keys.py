@@ -72,8 +72,9 @@ def test_every_node_is_a_part_or_a_method():
 
 @pytest.mark.parametrize("slot", slot_keys())
 def test_every_slot_defaults_to_a_registered_method(slot):
-    method = default_values()[slot]
-    assert method in slot_keys()[slot] or (method is None and slot.endswith("SCORE_CALIBRATION"))
+    default = default_values()[slot]
+    # Detectron2's scores are as they are; every other slot has a method.
+    assert default in slot_keys()[slot] or (default is None and slot.endswith("SCORE_CALIBRATION"))
 
 
 def test_a_method_whose_argument_no_config_can_hold_is_not_registered():
@@ -193,7 +194,7 @@ UNUSED = {
     "strength of no weights": (
         RETINANET,
         {"BALANCE.DENSE.CLASS_WEIGHT_STRENGTH": 1.0},
-        "with CLASS_WEIGHTS by name",
+        "with counted CLASS_WEIGHTS",
     ),
     "strength of listed weights": (
         RETINANET,
@@ -201,8 +202,9 @@ UNUSED = {
             "BALANCE.DENSE.CLASS_WEIGHTS": [1.0, 2.0, 1.0, 1.0, 1.0],
             "BALANCE.DENSE.CLASS_WEIGHT_STRENGTH": 1.0,
         },
-        "with CLASS_WEIGHTS by name",
+        "with counted CLASS_WEIGHTS",
     ),
+    "a network below no pyramid": (FASTER, {"MODEL.BOTTOM_UP.NORM": "FrozenBN"}, "bottom_up_fpn"),
     "FCOS's keys": (RETINANET, {"MODEL.FCOS.NUM_CONVS": 2}, "BalancedFCOS"),
 }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from balanced_det.config import load_config
+from balanced_det.config.keys import SLOTS
 from balanced_det.data import shapes
 from balanced_det.errors import InputError
 
@@ -66,9 +67,14 @@ def run(command, folder, *more):
 
 
 def test_the_page_has_the_files_and_commands_that_are_tried_here():
-    names = {"my_losses.py", "my_samplers.py", "my_detector.yaml", "by_hand.py"}
-    assert FILES.keys() == names
-    assert [command.split()[1] for command in COMMANDS] == ["../balanced_det/train_net.py", "-m"]
+    names = {"my_losses.py", "my_samplers.py", "my_detectors.py", "my_lazy.py", "by_hand.py"}
+    assert FILES.keys() == {*names, "my_detector.yaml", "my_plain.yaml"}
+    assert [command.split()[1:4:2] for command in COMMANDS] == [
+        ["../balanced_det/train_net.py", "my_detector.yaml"],
+        ["../balanced_det/train_net.py", "my_plain.yaml"],
+        ["../balanced_det/train_net.py", "my_lazy.py"],
+        ["-m", "../balanced_det/tests/test_losses.py"],
+    ]
 
 
 def test_the_pages_detector_trains(project, small):
@@ -85,8 +91,27 @@ def test_the_pages_detector_trains(project, small):
     assert f"out_features={CLASSES + 2}" in log
 
 
+def test_the_pages_dense_detector_trains_with_what_it_never_heard_of(project, small):
+    keys = ["MODEL.RETINANET.NUM_CLASSES", str(CLASSES)]
+    stdout = run(COMMANDS[1], project, *small, *keys)
+    assert "Written to" in stdout
+    log = (project / "output" / "my_plain" / "log.txt").read_text()
+    assert "the optimal prior is" in log
+    # Three sizes and three ratios of anchors, K class logits and two more each.
+    assert f"Conv2d(16, {9 * (CLASSES + 2)}, kernel_size=(1, 1)" in log
+
+
+def test_the_pages_python_config_is_checked_and_built(project):
+    from balanced_det.build import build_model
+
+    shown = load_config(str(project / "my_lazy.py"), ["train.max_iter=1000", "train.device=cpu"])
+    assert shown.SOLVER.MAX_ITER == 1000
+    loss = build_model(shown, count=False).roi_heads.box_predictor.criterion.classification_loss
+    assert (type(loss).__name__, loss.gamma, loss.num_classes) == ("FocalLoss", 1.5, 1203)
+
+
 def test_the_tests_of_all_losses_find_the_pages_loss(project):
-    collected = run(COMMANDS[1], project, "--collect-only", "-q", "-p", "no:cacheprovider")
+    collected = run(COMMANDS[3], project, "--collect-only", "-q", "-p", "no:cacheprovider")
     assert "[ObjectnessLoss" in collected
 
 
@@ -98,6 +123,19 @@ def test_the_pages_objects_work_by_hand(project):
 
 
 # --- Imports, in the loader alone -----------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def registries_as_before():
+    """Take back what a test registers, which other tests of this process would find."""
+    before = {registry: dict(registry._methods) for registry in SLOTS.values()}
+    modules = set(sys.modules)
+    yield
+    for registry, methods in before.items():
+        registry._methods = methods
+    for name in set(sys.modules) - modules:
+        if name.startswith("balanced_det_import_"):
+            del sys.modules[name]
 
 
 def write(folder, name, content):

@@ -117,8 +117,8 @@ def test_weights_of_an_earlier_run_bring_its_counts_only_by_key(data, trained, t
 
 def test_evaluation_takes_the_counts_of_the_checkpoint(data, trained, tmp_path):
     path = altered(trained, tmp_path, other_frequencies)
-    cfg = config(data, tmp_path / "out", MODEL__WEIGHTS=path, BALANCE__COUNT=False)
-    model = Trainer.build_model(cfg)
+    cfg = config(data, tmp_path / "out", MODEL__WEIGHTS=path)
+    model = Trainer.build_model(cfg, count=False)
     load_trained(model, cfg)
     assert torch.equal(model.state_dict()[FREQUENCY], torch.linspace(0, 1, CLASSES))
 
@@ -203,8 +203,8 @@ def test_pickle_of_plain_arrays_loads(data, trained, tmp_path):
     arrays = {name: value.numpy() for name, value in state.items()}
     path = tmp_path / "weights.pkl"
     path.write_bytes(pickle.dumps({"model": arrays, "__author__": "me"}))
-    cfg = config(data, tmp_path / "out", MODEL__WEIGHTS=str(path), BALANCE__COUNT=False)
-    model = Trainer.build_model(cfg)
+    cfg = config(data, tmp_path / "out", MODEL__WEIGHTS=str(path))
+    model = Trainer.build_model(cfg, count=False)
     load_trained(model, cfg)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
 

@@ -19,7 +19,7 @@ from ..pyramid import BalancedFeaturePyramid
 from ..registry import Registry
 from ..samplers import SAMPLERS
 from ..thresholds import SCORE_THRESHOLDS
-from .reads import leaves
+from .reads import own_values
 
 # Slots of a part, and what the method that each names is.
 SLOTS = {
@@ -77,7 +77,7 @@ def default_values() -> dict:
     """Return {full name: default} of all keys of :func:`add_balanced_det_config`."""
     cfg = CfgNode({"MODEL": {}, "DATALOADER": {}, "DATASETS": {}})
     add_balanced_det_config(cfg)
-    return {**leaves(cfg.BALANCE, "BALANCE"), **leaves(cfg.MODEL.FCOS, "MODEL.FCOS")}
+    return own_values(cfg)
 
 
 def slot_keys() -> dict[str, Registry]:

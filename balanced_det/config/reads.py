@@ -1,6 +1,11 @@
 """Which keys of a config are read."""
 
+import functools
+
 from detectron2.config import CfgNode
+
+# Nodes whose keys are this project's alone.
+OWN_NODES = ("BALANCE", "MODEL.FCOS", "MODEL.BOTTOM_UP")
 
 
 class _RecordingNode(CfgNode):
@@ -44,14 +49,24 @@ def recorded(cfg: CfgNode) -> tuple[CfgNode, set]:
         cfg: the whole config.
 
     Returns:
-        (config, reads): ``reads`` gets the full names of all keys in ``BALANCE`` and ``MODEL.FCOS``
-        that are read of the config or of its clones. Config nodes cannot be of this kind always:
-        yacs merges nodes of equal types alone.
+        (config, reads): ``reads`` gets the full names of all keys in :data:`OWN_NODES` that are
+        read of the config or of its clones. Config nodes cannot be of this kind always: yacs merges
+        nodes of equal types alone.
     """
     cfg, reads = cfg.clone(), set()
-    dict.__setitem__(cfg, "BALANCE", _RecordingNode(cfg.BALANCE, "BALANCE", reads))
-    dict.__setitem__(cfg.MODEL, "FCOS", _RecordingNode(cfg.MODEL.FCOS, "MODEL.FCOS", reads))
+    for name in OWN_NODES:
+        *parents, key = name.split(".")
+        node = functools.reduce(dict.__getitem__, parents, cfg)
+        dict.__setitem__(node, key, _RecordingNode(node[key], name, reads))
     return cfg, reads
+
+
+def own_values(cfg: CfgNode) -> dict:
+    """Return {full name: value} of the keys of this project; none of them is read in that."""
+    found = {}
+    for name in OWN_NODES:
+        found.update(leaves(functools.reduce(dict.__getitem__, name.split("."), cfg), name))
+    return found
 
 
 def leaves(node: CfgNode, name: str) -> dict:

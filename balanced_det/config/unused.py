@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from ..errors import InputError
 from ..parts import PARTS
 from .keys import PYRAMID_BUILDER, default_values, method_names
-from .reads import leaves
+from .reads import own_values
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,19 @@ _MODEL_KEYS = {
     "SCORE_THRESHOLD of BALANCE.DENSE",
     "BALANCE.GRADIENT_FIGURE_PERIOD": "no loss of the model is a GHM loss",
 }
+# What this project's own nodes of MODEL are for.
+_MODEL_NODES = {
+    "MODEL.FCOS": "it is for MODEL.META_ARCHITECTURE BalancedFCOS",
+    "MODEL.BOTTOM_UP": "it is for MODEL.BACKBONE.NAME build_bottom_up_fpn_backbone and "
+    "build_retinanet_bottom_up_fpn_backbone",
+}
 # When a key of a part has an effect.
 _EFFECT = {
     "CLASSIFICATION_WEIGHT": "it has an effect without GUIDED_LOSS only, which gives the loss the "
     "size of the box loss whatever its weight is",
     "GUIDED_FACTOR": "it has an effect with GUIDED_LOSS only",
+    "CLASS_WEIGHT_STRENGTH": "it has an effect with counted CLASS_WEIGHTS only",
     "PRIOR_PROB": "it has an effect without OPTIMAL_PRIOR only, which counts the prior",
-    "CLASS_WEIGHT_STRENGTH": "it has an effect with CLASS_WEIGHTS by name only, such as 'auto'",
     "ROWS_PER_IMAGE": "it has an effect with a SAMPLER that does not take all rows",
     "POSITIVE_FRACTION": "it has an effect with a SAMPLER that does not take all rows",
 }
@@ -47,7 +53,7 @@ def refuse_unused(cfg: CfgNode, reads: set) -> None:
         InputError: naming each such key, and why it has no effect.
     """
     defaults = default_values()
-    values = {**leaves(cfg.BALANCE, "BALANCE"), **leaves(cfg.MODEL.FCOS, "MODEL.FCOS")}
+    values = own_values(cfg)
     unused = [
         key
         for key, value in values.items()
@@ -79,8 +85,8 @@ def _origins(cfg):
 def _reason(cfg, key, reads):
     if key in _MODEL_KEYS:
         return _MODEL_KEYS[key]
-    if key.startswith("MODEL.FCOS."):
-        return "it is for MODEL.META_ARCHITECTURE BalancedFCOS"
+    if key.startswith("MODEL."):
+        return _MODEL_NODES[key.rpartition(".")[0]]
     _, name, *rest = key.split(".")
     if name == "PYRAMID":
         return f"the balanced pyramid needs MODEL.BACKBONE.NAME '{PYRAMID_BUILDER}'"
