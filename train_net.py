@@ -55,6 +55,8 @@ def main(args):
         model = Trainer.build_model(cfg, count=False)
         load_trained(model, cfg, args.resume)
         results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results = {**results, **Trainer.test_with_augmentation(cfg, model)}
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

@@ -90,7 +90,7 @@ def altered(trained, folder, change):
 
 
 def test_statistics_are_all_buffers_of_losses_and_thresholds(data, tmp_path):
-    cfg = config(data, tmp_path, BALANCE__ROI_HEADS__SCORE_THRESHOLD="class_adaptive")
+    cfg = config(data, tmp_path, BALANCE__ROI_HEADS__SCORE_THRESHOLD="ClassAdaptiveThreshold")
     names = statistics_names(Trainer.build_model(cfg))
     assert FREQUENCY in names
     assert any(name.endswith("row_counts") for name in names)
@@ -117,8 +117,8 @@ def test_weights_of_an_earlier_run_bring_its_counts_only_by_key(data, trained, t
 
 def test_evaluation_takes_the_counts_of_the_checkpoint(data, trained, tmp_path):
     path = altered(trained, tmp_path, other_frequencies)
-    cfg = config(data, tmp_path / "out", MODEL__WEIGHTS=path, BALANCE__COUNT=False)
-    model = Trainer.build_model(cfg)
+    cfg = config(data, tmp_path / "out", MODEL__WEIGHTS=path)
+    model = Trainer.build_model(cfg, count=False)
     load_trained(model, cfg)
     assert torch.equal(model.state_dict()[FREQUENCY], torch.linspace(0, 1, CLASSES))
 
@@ -203,8 +203,8 @@ def test_pickle_of_plain_arrays_loads(data, trained, tmp_path):
     arrays = {name: value.numpy() for name, value in state.items()}
     path = tmp_path / "weights.pkl"
     path.write_bytes(pickle.dumps({"model": arrays, "__author__": "me"}))
-    cfg = config(data, tmp_path / "out", MODEL__WEIGHTS=str(path), BALANCE__COUNT=False)
-    model = Trainer.build_model(cfg)
+    cfg = config(data, tmp_path / "out", MODEL__WEIGHTS=str(path))
+    model = Trainer.build_model(cfg, count=False)
     load_trained(model, cfg)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
 
@@ -486,6 +486,104 @@ def test_order_is_detectron2s_and_any_batch_can_be_the_first(data, tmp_path, sam
     assert [image["image_id"] for image in again] == [image["image_id"] for image in batches[13]]
     for image, expected in zip(again, batches[13]):
         assert torch.equal(image["image"], expected["image"])
+
+
+# --- Tasks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL__KEYPOINT_ON", True),
+        ("MODEL__LOAD_PROPOSALS", True),
+        ("MODEL__META_ARCHITECTURE", "ProposalNetwork"),
+        ("MODEL__META_ARCHITECTURE", "PanopticFPN"),
+        ("MODEL__PROPOSAL_GENERATOR__NAME", "RRPN"),
+        ("MODEL__ROI_HEADS__NAME", "RROIHeads"),
+        ("MODEL__ANCHOR_GENERATOR__NAME", "RotatedAnchorGenerator"),
+    ],
+)
+def test_task_that_is_not_served_is_refused(data, tmp_path, key, value):
+    with pytest.raises(InputError, match=f"^{key.replace('__', '.')} is .*cannot be trained here"):
+        check_run(config(data, tmp_path / "out", **{key: value}))
+
+
+@pytest.mark.slow
+def test_augmentation_at_test_time_is_served_as_detectron2_does(data, trained, tmp_path):
+    cfg = config(
+        data,
+        tmp_path / "out",
+        MODEL__WEIGHTS=str(trained / "model_final.pth"),
+        MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0,
+        TEST__AUG__ENABLED=True,
+        TEST__AUG__MIN_SIZES=(64, 80),
+        TEST__AUG__MAX_SIZE=100,
+        SOLVER__MAX_ITER=1,
+    )
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    results = trainer.train()
+    assert {"bbox", "bbox_TTA"} <= results.keys()
+    assert np.isfinite(results["bbox_TTA"]["AP"])
+
+
+def test_augmentation_at_test_time_is_refused_where_detectron2_has_none(data, tmp_path):
+    cfg = config(data, tmp_path / "out", MODEL__META_ARCHITECTURE="BalancedRetinaNet")
+    cfg.TEST.AUG.ENABLED = True
+    with pytest.raises(InputError, match="TEST.AUG.ENABLED"):
+        check_run(cfg)
+
+
+# --- Mixed precision, accumulation ----------------------------------------------------------------
+
+
+def test_float16_on_a_cpu_is_refused_and_bfloat16_trains(data, tmp_path):
+    cfg = config(data, tmp_path / "out", SOLVER__AMP__ENABLED=True)
+    with pytest.raises(InputError, match="BALANCE.AMP_DTYPE to 'bfloat16'"):
+        check_run(cfg)
+    cfg.BALANCE.AMP_DTYPE = "bfloat16"
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    types = []
+    layer = trainer.model.roi_heads.box_predictor.cls_score
+    layer.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    trainer.train()
+    assert torch.bfloat16 in types
+
+
+def test_accumulated_batches_have_the_gradient_of_their_mean(data, tmp_path):
+    """Without sampling and batch statistics, two batches of one image are as one of two."""
+    gradients = {}
+    for name, size, steps in (("one", 2, 1), ("two", 1, 2)):
+        cfg = config(
+            data,
+            tmp_path / name,
+            SOLVER__IMS_PER_BATCH=size,
+            BALANCE__ACCUMULATE_STEPS=steps,
+            SOLVER__MAX_ITER=1,
+            DATALOADER__ASPECT_RATIO_GROUPING=False,
+            DATASETS__TEST=(),
+            MODEL__RESNETS__NORM="FrozenBN",
+            MODEL__FPN__NORM="",
+            SEED=1,
+        )
+        torch.manual_seed(0)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        # The mask and box losses sample; the backbone's gradient of a plain sum does not.
+        trainer.model.forward = lambda batch, model=trainer.model: {
+            "loss": sum(
+                f.pow(2).mean()
+                for f in model.backbone(model.preprocess_image(batch).tensor).values()
+            )
+        }
+        trainer.train()
+        gradients[name] = [
+            p.grad.clone() for p in trainer.model.backbone.parameters() if p.grad is not None
+        ]
+    for one, two in zip(gradients["one"], gradients["two"], strict=True):
+        # Sums of float32 in another order: relative errors of some 1e-6 of the largest.
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * one.abs().max().item())
 
 
 # --- Text of strangers ----------------------------------------------------------------------------
