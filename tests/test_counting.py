@@ -219,8 +219,7 @@ def test_one_worker_counts_for_all():
 @pytest.mark.parametrize("counted", [True, False])
 @each_detector
 def test_detector_that_nobody_counted_says_so_once(name, counted, caplog):
-    records = make_records([(120, 96)] * 3, NUM_CLASSES)
-    cfg, model, part = build(name, {"DATASETS.TRAIN": (register(records, NUM_CLASSES),)})
+    cfg, model, _ = build(name, {"DATASETS.TRAIN": (register(make_records(3)),)})
     if counted:
         fit_to_training_data(model, cfg)
     with EventStorage(), caplog.at_level(logging.WARNING, "balanced_det.build"):
