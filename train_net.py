@@ -3,6 +3,7 @@
 
 python train_net.py --config-file configs/quickstart.yaml --num-gpus 1
 python train_net.py --config-file configs/lvis_v1/Base-Mask-RCNN-FPN.yaml --with eql rfs
+python train_net.py --config-file configs/lazy/mask_rcnn_R_50_FPN.py train.max_iter=1000
 python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
 """
 
@@ -16,6 +17,7 @@ from balanced_det.errors import InputError
 try:
     # Detectron2 and fvcore still script functions, which torch deprecates at their import.
     warnings.filterwarnings("ignore", ".torch.jit.script", FutureWarning)
+    warnings.filterwarnings("ignore", "Importing from timm.models.layers", FutureWarning)
     from detectron2.engine import default_setup
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: run 'make .venv' and use .venv/bin/python, or install Detectron2 yourself.")
@@ -24,8 +26,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from balanced_det.config import load_config, parse_args
+from balanced_det.config.lazy import lazy_config, save_lazy_config
 from balanced_det.engine import (
-    Trainer,
     check_run,
     is_first_process,
     load_trained,
@@ -34,6 +36,7 @@ from balanced_det.engine import (
     print_results,
     remove_checkpoints,
     start,
+    trainer_of,
 )
 
 
@@ -48,17 +51,19 @@ def main(args):
     """Train or evaluate, in each process."""
     cfg = configure(args)
     default_setup(cfg, args)
+    if lazy_config(cfg) is not None and comm.is_main_process():
+        save_lazy_config(cfg)
     logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="balanced_det")
     logger.setLevel(logging.INFO)  # below that, the evaluation library talks about every class
     if args.eval_only:
         # What is counted comes with the checkpoint.
-        model = Trainer.build_model(cfg, count=False)
+        model = trainer_of(cfg).build_model(cfg, count=False)
         load_trained(model, cfg, args.resume)
-        results = Trainer.test(cfg, model)
+        results = trainer_of(cfg).test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
-            results = {**results, **Trainer.test_with_augmentation(cfg, model)}
+            results = {**results, **trainer_of(cfg).test_with_augmentation(cfg, model)}
     else:
-        trainer = Trainer(cfg)
+        trainer = trainer_of(cfg)(cfg)
         trainer.resume_or_load(resume=args.resume)
         results = trainer.train()
     print_results(results, cfg.OUTPUT_DIR)

@@ -5,14 +5,18 @@ import contextvars
 import functools
 import logging
 
+import torch
 from detectron2 import modeling
+from detectron2.config import instantiate
+from omegaconf import OmegaConf
 
-from .config.keys import SLOTS
+from .config.keys import SLOTS, method_names
+from .config.lazy import lazy_config
 from .config.ranges import check_ranges
 from .config.reads import recorded
 from .config.unused import refuse_unused
 from .criterion import Criterion
-from .data.registration import training_statistics
+from .data.registration import check_num_classes, training_statistics
 from .errors import InputError
 from .losses import GradientDensity
 from .parts import PARTS, Part
@@ -27,6 +31,7 @@ _STATISTICS = {
     "instance_count": lambda statistics: statistics.instance_count,  # (K,) boxes
 }
 _counts = contextvars.ContextVar("counts", default=True)
+_run = contextvars.ContextVar("run", default=None)  # the config whose lazy model is being built
 
 
 def build_model(cfg, count: bool = True):
@@ -40,16 +45,46 @@ def build_model(cfg, count: bool = True):
     Raises:
         InputError: a value cannot be used, or a key that was set has no effect on this model.
     """
-    from . import detectors  # noqa: F401  (registers them; they import this module)
+    from . import detectors
 
     check_ranges(cfg)
+    if lazy_config(cfg) is not None:
+        return _build_lazy_model(cfg, count)
     recording, reads = recorded(cfg)
     with counting(count):
         model = modeling.build_model(recording)
     if any(isinstance(module, GradientDensity) for module in model.modules()):
         reads.add("BALANCE.GRADIENT_FIGURE_PERIOD")  # there is something to draw
     refuse_unused(cfg, reads)
-    return model
+    detectors.fold_frozen_norms(model)
+    return model.to(memory_format=torch.channels_last) if cfg.BALANCE.CHANNELS_LAST else model
+
+
+def _build_lazy_model(cfg, count):
+    model = lazy_config(cfg).model
+    for key in ("roi_heads.num_classes", "num_classes"):
+        num_classes = OmegaConf.select(model, key)
+        if num_classes is not None:
+            names = cfg.DATASETS.TRAIN if count else cfg.DATASETS.TEST
+            check_num_classes(cfg, num_classes, f"model.{key}", names)
+    token = _run.set(cfg)
+    try:
+        with counting(count):
+            return instantiate(model).to(cfg.MODEL.DEVICE)
+    except (TypeError, ImportError) as error:  # an argument that is wrong, missing or too much
+        raise InputError(f"The model cannot be built: {error}.") from error
+    finally:
+        _run.reset(token)
+
+
+def counted(name: str):
+    """Return a statistic of the training set to a Python config whose model is being built.
+
+    ``L(counted)(name="class_frequency")`` is an argument of a loss; see :func:`counted_statistic`.
+    """
+    if _run.get() is None:
+        raise InputError("'counted' has a meaning only while the model of a config is built.")
+    return counted_statistic(_run.get(), name)
 
 
 @contextlib.contextmanager
@@ -97,8 +132,10 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
     else:
         options["classification_weight"] = node.CLASSIFICATION_WEIGHT * classification_weight
     calibration = _build_calibration(cfg, part, loss)
-    box_loss = _build_method(cfg, part, "BOX_LOSS")
-    criterion = Criterion(loss, box_loss, calibration=calibration, **options)
+    box_losses = [
+        _build_method(cfg, part, "BOX_LOSS", name) for name in method_names(node.BOX_LOSS)
+    ]
+    criterion = Criterion(loss, box_losses, calibration=calibration, **options)
     if part.counts_rows and _counts.get():
         _warn_unless_counted(criterion, part, node)
     return criterion
@@ -247,10 +284,14 @@ def _build_calibration(cfg, part, loss):
     return calibration
 
 
-def _build_method(cfg, part, slot, **given):
-    """Construct the method that a part's slot names, with its parameters and statistics."""
+def _build_method(cfg, part, slot, name=None, **given):
+    """Construct the method that a part's slot names, with its parameters and statistics.
+
+    Args:
+        name: the method, where the slot names several.
+    """
     registry, key = SLOTS[slot], f"BALANCE.{part.name}.{slot}"
-    name = cfg.BALANCE[part.name][slot]
+    name = cfg.BALANCE[part.name][slot] if name is None else name
     method = registry.get(name, key)
     given.update({need: counted_statistic(cfg, need) for need in getattr(method, "needs", ())})
     parameters = {

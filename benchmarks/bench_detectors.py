@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import get_cfg
+from detectron2.modeling import build_model as build_stock_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from timing import synchronize
@@ -83,15 +84,22 @@ DETECTORS = {
 ARITHMETIC = {"float32": False, "bf16": True}
 
 
-def build(config, device, opts):
-    """Return a detector in training mode; its class frequencies are random."""
+def build(config, device, opts, stock):
+    """Return a detector in training mode; its class frequencies are random.
+
+    Args:
+        config: path within ``configs``.
+        device: "cuda" or "cpu".
+        opts: keys and values to set.
+        stock: build it as Detectron2 does, not as this project.
+    """
     cfg = get_cfg()
     add_balanced_det_config(cfg)
     cfg.merge_from_file(str(CONFIGS / config), allow_unsafe=False)
     cfg.MODEL.DEVICE = device
     cfg.merge_from_list(opts)
     torch.manual_seed(0)
-    model = build_model(cfg, count=False).train()
+    model = (build_stock_model(cfg) if stock else build_model(cfg, count=False)).train()
     for name, module in model.named_modules():
         if name.endswith("conv3.norm"):
             # Untrained, frozen batch normalization lets activations grow from block to block.
@@ -195,6 +203,7 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2, help="times to build and measure each")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="as CUDNN_BENCHMARK does")
+    parser.add_argument("--opts", nargs="+", default=[], help="keys of ours, KEY VALUE ...")
     parser.add_argument("--profile", type=Path, help="folder for the longest kernels of a step")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -208,12 +217,13 @@ def main():
         for num_images in args.batch or [8 if args.device == "cuda" else 1]:
             inputs = batch(num_images, *size, num_classes, args.device)
             for arithmetic in args.arithmetic:
-                sides = {"ours": own, "Detectron2": stock}
+                sides = {"ours": [*own, *args.opts], "Detectron2": stock}
                 runs = {side: [] for side in sides}
                 for _ in range(args.rounds):
                     for side, opts in sides.items():
                         label = f"{name} {side} {arithmetic} {num_images}"
-                        runs[side].append(_run(config, opts, inputs, arithmetic, args, label))
+                        options = (config, args.device, opts, side == "Detectron2")
+                        runs[side].append(_run(options, inputs, arithmetic, args, label))
                 row = {"detector": name, "batch": num_images, "arithmetic": arithmetic}
                 row.update({side: _median(results) for side, results in runs.items()})
                 rows.append(row)
@@ -225,10 +235,10 @@ def main():
         args.json.write_text(json.dumps(report, indent=1))
 
 
-def _run(config, opts, inputs, arithmetic, args, label):
+def _run(options, inputs, arithmetic, args, label):
     """Return what is measured of a detector built anew; None if memory is too small."""
     try:
-        model = build(config, args.device, opts)
+        model = build(*options)
         training = Training(model, inputs, ARITHMETIC[arithmetic], args.device)
         result = measure(training, args.steps)
         if args.device == "cuda":

@@ -8,8 +8,9 @@ twice) at the copy bandwidth that this run measured. A CUDA time is the median d
 between steps that are queued back to back, without waiting, as training queues them; so a step that
 the host cannot launch quickly enough counts as what it costs the host. Ours never waits for the
 device, so a CUDA graph can replay it: "on device" is the time without the host. Inputs exceed the
-L2 cache, except those of EQL, whose logits a region head has just written. Memory is the peak
-beyond what stood before the step, in units of the logits.
+L2 cache, except those of EQL, EQLv2 and Seesaw, whose logits a region head has just written.
+Memory is the peak beyond what stood before the step, in units of the logits. Two rows are compared
+with our own focal loss instead: what the gradient sums of each class, and EFL, add to it.
 """
 
 import argparse
@@ -27,9 +28,13 @@ from torch.nn import functional as F
 from balanced_det.losses import (
     BinaryCrossEntropyLoss,
     EqualizationLoss,
+    EqualizationLossV2,
+    EqualizedFocalLoss,
     FocalLoss,
     GHMClassificationLoss,
+    SeesawLoss,
 )
+from balanced_det.ops import sigmoid_loss
 
 ALPHA, GAMMA, BINS, MOMENTUM, TAIL_SHARE = 0.25, 2.0, 30, 0.75, 0.3
 
@@ -45,6 +50,7 @@ class Row:
         theirs: the usual formulation, (logits, labels) -> scalar.
         passes: reads and writes of the logits that the method cannot do without.
         foreground: share of rows labelled with a class.
+        extra_logits: logits of a row that are of no object class.
     """
 
     name: str
@@ -53,11 +59,13 @@ class Row:
     theirs: Callable
     passes: int = 2
     foreground: float = 0.005
+    extra_logits: int = 0
 
     @property
     def num_classes(self):
         """K."""
-        return self.shape[-3] if len(self.shape) == 5 else self.shape[-1]
+        logits = self.shape[-3] if len(self.shape) == 5 else self.shape[-1]
+        return logits - self.extra_logits
 
 
 def loss_rows(device):
@@ -71,6 +79,10 @@ def loss_rows(device):
         Row("GHM-C", (large, 80), GHMClassificationLoss(80, BINS, MOMENTUM), LoopedGHM(), 3),
         Row("focal", (long_tailed, 1203), FocalLoss(1203, ALPHA, GAMMA), one_hot_focal),
         Row("BCE", (long_tailed, 1203), BinaryCrossEntropyLoss(1203), dense_bce),
+        Row("focal, with sums", (long_tailed, 1203), FocalWithSums(), OursFocal(1203)),
+        Row("focal, with sums", (large, 80), FocalWithSums(), OursFocal(80)),
+        Row("focal, with sums, convolution's layout", head, FocalWithSums(), OursFocal(head[2])),
+        Row("EFL", (long_tailed, 1203), EqualizedFocalLoss(1203), OursFocal(1203)),
         Row(
             "EQL",
             (1_024, 1203),
@@ -78,7 +90,43 @@ def loss_rows(device):
             MaskedEQL(frequency),
             foreground=0.25,
         ),
+        Row(
+            "EQLv2",
+            (1_024, 1204),
+            EqualizationLossV2(1203),
+            DenseEQLv2(1203),
+            foreground=0.25,
+            extra_logits=1,
+        ),
+        Row(
+            "Seesaw",
+            (1_024, 1205),
+            SeesawLoss(1203),
+            LoopedSeesaw(1203),
+            foreground=0.25,
+            extra_logits=2,
+        ),
     ]
+
+
+class OursFocal:
+    """Our focal loss in the place of the usual formulation, called as that is."""
+
+    def __init__(self, num_classes):
+        self.loss = FocalLoss(num_classes, ALPHA, GAMMA)
+
+    def __call__(self, logits, labels):
+        """Return the sum over rows and classes."""
+        return self.loss(logits, labels, 1.0)
+
+
+class FocalWithSums(torch.nn.Module):
+    """Our focal loss, with the gradient sums of each class from the same pass."""
+
+    def forward(self, logits, labels, normalizer):
+        """Return the sum over rows and classes; the sums stay in an attribute."""
+        loss, self.sums = sigmoid_loss(logits, labels, alpha=ALPHA, gamma=GAMMA, gradient_sums=True)
+        return loss
 
 
 def one_hot_focal(logits, labels):
@@ -144,6 +192,62 @@ class MaskedEQL:
         weight = 1 - foreground * tail * (1 - target)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return (loss * weight).sum()
+
+
+class DenseEQLv2:
+    """EQLv2 with dense targets and weights, and a second look at the gradients after the loss."""
+
+    def __init__(self, num_classes):
+        self.num_classes = num_classes
+        self.sums = None
+
+    def __call__(self, logits, labels):
+        """Return the mean over rows."""
+        k = self.num_classes
+        if self.sums is None:
+            self.sums = logits.new_zeros(2, k)
+            self.ratio = logits.new_full((k,), 100.0)
+        valid = (labels >= 0).to(logits.dtype).unsqueeze(-1)
+        target = F.one_hot(labels.clamp(min=0), k + 1).to(logits.dtype)
+        share = F.pad(1 / (1 + torch.exp(-12 * (self.ratio - 0.8))), (0, 1), value=1.0)
+        weight = ((1 + 4 * (1 - share)) * target + share * (1 - target)) * valid
+        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        gradient = (logits.detach().sigmoid() - target).abs() * weight
+        self.sums[0] += (gradient * target).sum(0)[:k]
+        self.sums[1] += (gradient * (1 - target)).sum(0)[:k]
+        self.ratio = self.sums[0] / (self.sums[1] + 1e-10)
+        return (loss * weight).sum() / len(labels)
+
+
+class LoopedSeesaw:
+    """Seesaw as it is published: labels counted one by one on the host, a (K, K) ratio matrix."""
+
+    def __init__(self, num_classes):
+        self.num_classes = num_classes
+        self.counts = None
+
+    def __call__(self, logits, labels):
+        """Return the mean over rows."""
+        k = self.num_classes
+        if self.counts is None:
+            self.counts = logits.new_zeros(k)
+        rows = (labels >= 0) & (labels < k)
+        for label in labels[rows].unique():
+            self.counts[label.item()] += (labels == label.item()).sum()
+        counts = self.counts.clamp(min=1)
+        ratio = counts.view(1, k) / counts.view(k, 1)
+        mitigation = torch.where(ratio < 1, ratio**0.8, torch.ones_like(ratio))
+        z, y = logits[rows, :k], labels[rows]
+        target = F.one_hot(y, k).to(z.dtype)
+        scores = z.detach().softmax(1)
+        relative = scores / scores.gather(1, y.view(-1, 1)).clamp(min=0.01)
+        compensation = torch.where(relative > 1, relative**2, torch.ones_like(relative))
+        factor = mitigation[y] * compensation
+        of_class = F.cross_entropy(z + factor.log() * (1 - target), y, reduction="sum")
+        valid = labels >= 0
+        background = (labels[valid] == k).long()
+        objectness = F.cross_entropy(logits[valid, k:], background, reduction="sum")
+        return (of_class + objectness) / len(labels)
 
 
 def _target(logits, labels):

@@ -229,8 +229,10 @@ def test_a_parameter_whose_method_a_later_file_exchanged_is_allowed(write):
     write(RETINANET, "base.yaml")
     write("_BASE_: base.yaml\nBALANCE: {SmoothL1Loss: {BETA: 0.11}}", "parent.yaml")
     child = write("_BASE_: parent.yaml\nBALANCE: {DENSE: {BOX_LOSS: GIoULoss}}")
-    assert type(build(child).criterion.box_loss).__name__ == "GIoULoss"
-    assert build(child, "BALANCE.DENSE.BOX_LOSS", "SmoothL1Loss").criterion.box_loss.beta == 0.11
+    assert type(build(child).criterion.box_losses[0]).__name__ == "GIoULoss"
+    assert (
+        build(child, "BALANCE.DENSE.BOX_LOSS", "SmoothL1Loss").criterion.box_losses[0].beta == 0.11
+    )
 
 
 def test_a_parameter_that_had_no_effect_where_it_was_set_is_refused(write):

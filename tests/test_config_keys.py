@@ -72,7 +72,8 @@ def test_every_node_is_a_part_or_a_method():
 
 @pytest.mark.parametrize("slot", slot_keys())
 def test_every_slot_defaults_to_a_registered_method(slot):
-    assert default_values()[slot] in slot_keys()[slot]
+    method = default_values()[slot]
+    assert method in slot_keys()[slot] or (method is None and slot.endswith("SCORE_CALIBRATION"))
 
 
 def test_a_method_whose_argument_no_config_can_hold_is_not_registered():
@@ -107,8 +108,8 @@ def test_a_part_has_its_own_value_beside_that_of_all():
     keys = {"BALANCE.SmoothL1Loss.BETA": 0.5, "BALANCE.RPN.SmoothL1Loss.BETA": 0.11}
     cfg = config(FASTER, keys)
     model = build_model(cfg)
-    assert model.proposal_generator.criterion.box_loss.beta == 0.11
-    assert model.roi_heads.box_predictor.criterion.box_loss.beta == 0.5
+    assert model.proposal_generator.criterion.box_losses[0].beta == 0.11
+    assert model.roi_heads.box_predictor.criterion.box_losses[0].beta == 0.5
     # And through what a checkpoint's folder keeps of the config.
     loaded = config()
     loaded.merge_from_other_cfg(CfgNode.load_cfg(cfg.dump()))
@@ -189,6 +190,19 @@ UNUSED = {
         "nothing is counted",
     ),
     "figure without GHM": (FASTER, {"BALANCE.GRADIENT_FIGURE_PERIOD": 5}, "no loss of the model"),
+    "strength of no weights": (
+        RETINANET,
+        {"BALANCE.DENSE.CLASS_WEIGHT_STRENGTH": 1.0},
+        "with CLASS_WEIGHTS by name",
+    ),
+    "strength of listed weights": (
+        RETINANET,
+        {
+            "BALANCE.DENSE.CLASS_WEIGHTS": [1.0, 2.0, 1.0, 1.0, 1.0],
+            "BALANCE.DENSE.CLASS_WEIGHT_STRENGTH": 1.0,
+        },
+        "with CLASS_WEIGHTS by name",
+    ),
     "FCOS's keys": (RETINANET, {"MODEL.FCOS.NUM_CONVS": 2}, "BalancedFCOS"),
 }
 
@@ -228,6 +242,21 @@ USED = {
             "BALANCE.ROI_HEADS.ForegroundThreshold.FLOOR": 0.1,
         },
     ),
+    "class weights": (
+        RETINANET,
+        {"BALANCE.DENSE.CLASS_WEIGHTS": "auto", "BALANCE.DENSE.CLASS_WEIGHT_STRENGTH": 1.0},
+    ),
+    "class weights of regions": (
+        FASTER,
+        {
+            "BALANCE.ROI_HEADS.CLASS_WEIGHTS": "effective_number",
+            "BALANCE.ROI_HEADS.CLASS_WEIGHT_STRENGTH": 0.99,
+        },
+    ),
+    "calibration": (
+        FASTER,
+        {"BALANCE.ROI_HEADS.SCORE_CALIBRATION": "NorCal", "BALANCE.NorCal.GAMMA": 0.3},
+    ),
     "pyramid": (PYRAMID, {"BALANCE.PYRAMID.REFINE_LEVEL": 1}),
     "figure": (
         RETINANET,
@@ -255,6 +284,16 @@ def test_every_key_of_a_part_has_an_effect_somewhere():
         reads |= found
     of_parts = {key for key in default_values() if key.split(".")[1] in PARTS}
     assert of_parts - reads == set()
+
+
+def test_several_box_losses_are_added_and_each_has_its_parameters():
+    keys = {"BALANCE.DENSE.BOX_LOSS": "SmoothL1Loss + GIoULoss", "BALANCE.SmoothL1Loss.BETA": 0.2}
+    criterion = build_model(config(RETINANET, keys, {"BALANCE.DENSE.BOX_WEIGHT": 3.0})).criterion
+    assert [type(loss).__name__ for loss in criterion.box_losses] == ["SmoothL1Loss", "GIoULoss"]
+    assert criterion.box_losses[0].beta == 0.2
+    assert criterion.box_weights == [3.0, 3.0]
+    with pytest.raises(InputError, match="BALANCE.DENSE.BOX_LOSS: unknown box loss ''"):
+        build_model(config(RETINANET, {"BALANCE.DENSE.BOX_LOSS": "GIoULoss +"}))
 
 
 # --- What is out of range -------------------------------------------------------------------------

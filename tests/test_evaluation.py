@@ -1,26 +1,40 @@
 import copy
+import csv
 import json
+import logging
 import math
 import types
 from pathlib import Path
 
+import models
 import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, LVISEvaluator, inference_on_dataset
 from detectron2.structures import Boxes, Instances
+from distributed import run_workers
 from pycocotools import mask as masks
 
+from balanced_det.data import shapes
+from balanced_det.data.annotations import read_annotations
+from balanced_det.data.registration import register_datasets
+from balanced_det.data.run_lengths import counts_of
+from balanced_det.engine import Trainer
 from balanced_det.errors import InputError
 from balanced_det.evaluation import (
     METRICS,
     BalancedLVISEvaluator,
     build_evaluator,
+    detections,
     evaluate_lvis,
+    fixed_result,
     lvis_result,
 )
+from balanced_det.evaluation.__main__ import main as evaluate_files
+from balanced_det.evaluation.detections import read_detections, texts_of
+from balanced_det.evaluation.per_class import class_rows, write_results
 
 LVIS_FILE = Path(__file__).parents[2] / "shared/data/lvis_v0.5_val_100.json"
 
@@ -144,6 +158,11 @@ def noisy_detections(lvis, seed):
     return detections
 
 
+def as_ours(theirs):
+    """The package's AR@300, ARs@300, ... under our names."""
+    return {name.partition("@")[0]: value for name, value in theirs.items()}
+
+
 @pytest.fixture
 def lvis_package(monkeypatch):
     # The package still uses an alias that numpy has dropped.
@@ -167,11 +186,162 @@ def test_real_annotations_give_the_numbers_of_the_lvis_package(iou_type, lvis_pa
     truth = lvis_package.LVIS(str(LVIS_FILE))
     oracle = lvis_package.LVISEval(truth, lvis_package.LVISResults(truth, rows), iou_type)
     oracle.run()
-    theirs = oracle.get_results()
+    theirs = as_ours(oracle.get_results())
 
     assert 0.05 < ours["AP"] < 0.95
     for metric in METRICS:
         assert ours[metric] == pytest.approx(theirs[metric], abs=SAME), metric
+
+
+def rectangle(x, y, w, h, size=(60, 80)):
+    """Run lengths of a rectangle; one without a side is empty."""
+    mask = np.zeros(size, dtype=np.uint8, order="F")
+    mask[y : y + h, x : x + w] = 1
+    return masks.encode(mask)
+
+
+def random_case(generator):
+    """A few images, classes and objects with everything that LVIS's protocol knows, and detections.
+
+    Coordinates are whole and scores are tenths, so that equal overlaps and scores occur.
+    """
+    classes = (generator.permutation(9)[: generator.integers(1, 5)] + 1).tolist()
+    images = [
+        {
+            "id": int(i),
+            "height": 60,
+            "width": 80,
+            "neg_category_ids": generator.permutation(classes)[: generator.integers(3)].tolist(),
+            "not_exhaustive_category_ids": [c for c in classes if generator.random() < 0.2],
+        }
+        for i in generator.permutation(20)[: generator.integers(1, 6)]
+    ]
+
+    def box(near=None):
+        if near is not None:
+            corner, side = np.split(np.array(near) + generator.integers(-2, 3, 4), 2)
+        else:
+            corner, side = generator.integers(0, 40, 2), generator.integers(1, 45, 2)
+        corner = np.clip(corner, 0, 50)
+        side = np.clip(side, 0 if generator.random() < 0.1 else 1, 60 - corner.max())
+        return [*map(int, corner), *map(int, side)]
+
+    annotations, detections = [], []
+    for image in images:
+        for _ in range(generator.integers(0, 7)):
+            x, y, w, h = sides = box()
+            corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image["id"],
+                    "category_id": int(generator.choice(classes)),
+                    "bbox": sides,
+                    # At times that of another object, so that sizes and boxes differ.
+                    "area": float(w * h if generator.random() < 0.8 else generator.integers(3000)),
+                    "segmentation": [corners] if generator.random() < 0.7 else rectangle(*sides),
+                    "ignore": int(generator.random() < 0.1),
+                }
+            )
+        for _ in range(generator.integers(0, 12)):
+            here = [a for a in annotations if a["image_id"] == image["id"]]
+            near = here[generator.integers(len(here))] if here and generator.random() < 0.8 else {}
+            sides = box(near.get("bbox"))
+            same = near and generator.random() < 0.9
+            detections.append(
+                {
+                    "image_id": image["id"],
+                    "category_id": near["category_id"] if same else int(generator.choice(classes)),
+                    "bbox": sides,
+                    "score": round(float(generator.integers(1, 10)) / 10, 1),
+                    "segmentation": rectangle(*sides),
+                }
+            )
+    categories = [
+        {"id": c, "name": f"class {c}", "frequency": str(generator.choice(list("rcf")))}
+        for c in classes
+    ]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    return content, detections
+
+
+def lvis_numbers(package, content, detections, iou_type, max_dets=300):
+    """What the `lvis` package says, under our names."""
+    truth = package.LVIS.__new__(package.LVIS)
+    truth.logger = logging.getLogger("lvis")
+    truth.dataset = copy.deepcopy(content)
+    truth._create_index()
+    shape = "bbox" if iou_type == "bbox" else "segmentation"
+    keys = ("image_id", "category_id", "score", shape)
+    rows = [{key: row[key] for key in keys} for row in copy.deepcopy(detections)]
+    oracle = package.LVISEval(truth, package.LVISResults(truth, rows, max_dets), iou_type)
+    oracle.run()
+    return as_ours(oracle.get_results())
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_random_cases_give_the_numbers_of_the_lvis_package(iou_type, lvis_package):
+    compared = 0
+    for seed in range(130):
+        generator = np.random.default_rng(seed)
+        content, detections = random_case(generator)
+        if not detections:
+            continue  # the package fails
+        max_dets = int(generator.choice([3, 300]))
+        ours = evaluate_lvis(content, detections, iou_type, max_dets)
+        theirs = lvis_numbers(lvis_package, content, detections, iou_type, max_dets)
+        for metric in METRICS:
+            assert ours[metric] == pytest.approx(theirs[metric], abs=SAME), (seed, metric)
+        compared += 0 < ours["AP"] < 1
+    assert compared > 60  # most cases have something to compare
+
+
+def test_many_detections_of_an_image_count_where_they_may(lvis_package):
+    content = hand_made()
+    generator = np.random.default_rng(0)
+    alarms = [
+        box_detection(1, 9, [*generator.integers(0, 100, 2).tolist(), 30, 30], 0.99)
+        for _ in range(350)
+    ]
+    found = [*alarms, *PERFECT]
+    for max_dets in (300, 400):
+        ours = evaluate_lvis(content, found, "bbox", max_dets)
+        theirs = lvis_numbers(lvis_package, content, found, "bbox", max_dets)
+        assert ours == pytest.approx({metric: theirs[metric] for metric in METRICS}, abs=SAME)
+    assert evaluate_lvis(content, found, "bbox", 300)["APr"] < 1
+    assert evaluate_lvis(content, found, "bbox", 400)["APr"] == 1
+
+
+def test_empty_masks_are_left_out_after_the_limit_of_an_image(lvis_package):
+    content = hand_made()
+    content["annotations"].append(box_object(9, 1, 9, (0, 0, 0, 0)))
+    nothing = {**box_detection(1, 9, (0, 0, 30, 30), 0.95), "segmentation": rectangle(0, 0, 0, 0)}
+    nothing["segmentation"]["size"] = [200, 200]
+    nothing["segmentation"]["counts"] = masks.encode(
+        np.zeros((200, 200), dtype=np.uint8, order="F")
+    )["counts"]
+    found = [nothing, *PERFECT]
+    assert evaluate_lvis(content, found, "segm")["AP"] == 1.0
+    # It takes a place among the best of its image all the same.
+    for max_dets in (1, 2, 300):
+        ours = evaluate_lvis(content, found, "segm", max_dets)
+        theirs = lvis_numbers(lvis_package, content, found, "segm", max_dets)
+        assert ours == pytest.approx({metric: theirs[metric] for metric in METRICS}, abs=SAME)
+    assert evaluate_lvis(content, found, "segm", 2)["APc"] == 0.0
+
+
+def test_fixed_ap_counts_the_best_of_each_class_in_any_image():
+    alarms = [box_detection(1, 9, (5, 5, 30, 30), 0.99) for _ in range(3)]
+    truth = read_annotations(hand_made())
+    found = read_detections([*alarms, *PERFECT], truth, "bbox")
+
+    # Three false alarms take all places of the image: nothing else in it is found.
+    assert evaluate_lvis(hand_made(), [*alarms, *PERFECT], max_dets=3)["APr"] < 1
+    fixed = fixed_result(truth, found, per_class=3)
+    assert fixed.metrics["APr"] == fixed.metrics["APf"] == 1.0
+    assert fixed.metrics["APc"] == 0.0  # the object is the fourth of its class
+    assert fixed_result(truth, found, per_class=4).metrics["APc"] == pytest.approx(0.25, abs=SAME)
+    assert fixed.protocol["max_dets_per_class"] == 3
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
@@ -197,6 +367,10 @@ def test_a_missed_object_and_a_loose_box_give_the_values_worked_out_by_hand():
             "APr": half,
             "APc": 0.7,
             "APf": 0.0,
+            "AR": (0.5 + 0.7 + 0) / 3,
+            "ARs": 0.5,
+            "ARm": 0.7,
+            "ARl": 0.0,
         },
         abs=SAME,
     )
@@ -304,15 +478,18 @@ def test_objects_may_be_numbered_from_zero():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a, d: a.pop("categories"), "no list of `categories`"),
-        (lambda a, d: a.update(categories=[]), "lists no category"),
-        (lambda a, d: a["images"][0].update(id="one"), "`images` has no integer `id`"),
+        (lambda a, d: a.pop("categories"), "no list 'categories'"),
+        (lambda a, d: a.update(categories=[]), "an empty list 'categories'"),
+        (lambda a, d: a["images"][0].update(id="one"), "the image id 'one' is not an integer"),
         (
             lambda a, d: a["annotations"][1].update(category_id=99),
-            "annotation 2 has category_id 99",
+            "annotation 2 uses category id 99",
         ),
-        (lambda a, d: a["annotations"][1].update(image_id=99), "annotation 2 has image_id 99"),
-        (lambda a, d: a["annotations"][1].update(bbox=[1, 2]), "annotation 2 has no `bbox`"),
+        (lambda a, d: a["annotations"][1].update(image_id=99), "annotation 2 uses image id 99"),
+        (
+            lambda a, d: a["annotations"][1].update(bbox=[1, 2]),
+            "'bbox' of annotation 2 is not four numbers",
+        ),
         (lambda a, d: a["categories"][0].update(frequency="x"), "category 12 has frequency 'x'"),
         (lambda a, d: d[2].update(image_id=99), "Detection 2 has image_id 99"),
         (lambda a, d: d[2].update(category_id=0), "Detection 2 has category_id 0"),
@@ -327,6 +504,43 @@ def test_bad_input_is_named(change, message):
         evaluate_lvis(annotations, detections)
 
 
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_other_forms_of_the_same_detections_are_accepted(iou_type):
+    annotations, changed = hand_made(), copy.deepcopy(PERFECT[1:])
+    expected = evaluate_lvis(annotations, changed, iou_type)
+    for row in changed:
+        row.update(image_id=float(row["image_id"]), category_id=np.int64(row["category_id"]))
+        row["bbox"] = np.array(row["bbox"], dtype=np.float32)
+        row["score"] = np.float64(row["score"])
+        row["segmentation"] = {
+            "size": np.array(row["segmentation"]["size"]),
+            "counts": counts_of(row["segmentation"]["counts"]).tolist(),  # uncompressed
+        }
+        if iou_type == "segm":
+            del row["bbox"]
+    for row in annotations["annotations"]:
+        row.update(bbox=np.array(row["bbox"]), area=np.float64(row["area"]))
+    assert evaluate_lvis(annotations, iter(changed), iou_type) == expected
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({"size": [3, 3], "counts": [9]}, r"image 1 has size \[3, 3\], not \[200, 200\]"),
+        ({"size": [200, 200], "counts": "~~"}, "Detection 0 .* no run lengths"),
+        ({"size": [200, 200], "counts": "oo"}, "image 1 is broken"),
+        ({"size": [200, 200], "counts": [0, 50_000]}, "image 1 is broken"),
+        ({"size": [200, 200], "counts": None}, "image 1 is broken"),
+        ({"size": [200], "counts": []}, "Detection 0 has a `segmentation` without height"),
+        ("mask", "Detection 0 has no `segmentation`"),
+    ],
+)
+def test_broken_masks_are_refused_before_they_are_compared(mask, message):
+    row = {"image_id": 1, "category_id": 9, "score": 0.5, "segmentation": mask}
+    with pytest.raises(InputError, match=message):
+        evaluate_lvis(hand_made(), [row], "segm")
+
+
 def test_masks_need_masks():
     annotations = hand_made()
     annotations["annotations"][2]["segmentation"] = []
@@ -339,9 +553,9 @@ def test_masks_need_masks():
 def test_unreadable_files_are_named(tmp_path):
     truncated = tmp_path / "truncated.json"
     truncated.write_text('{"images": [')
-    with pytest.raises(InputError, match="truncated.json' is not valid JSON"):
+    with pytest.raises(InputError, match="truncated.json' is no valid JSON"):
         evaluate_lvis(truncated, [])
-    with pytest.raises(InputError, match="absent.json' cannot be read"):
+    with pytest.raises(InputError, match="absent.json' does not exist"):
         evaluate_lvis(tmp_path / "absent.json", [])
 
 
@@ -414,6 +628,9 @@ def test_the_evaluator_reports_percent_and_writes_both_files(register, tmp_path,
 
     expected = {"AP": 100 / 3, "AP50": 100 / 3, "AP75": 100 / 3, "APs": 100.0, "APm": 0.0}
     expected |= {"APl": 0.0, "APr": 100.0, "APc": 0.0, "APf": 0.0}
+    expected |= {"AR": 100 / 3, "ARs": 100.0, "ARm": 0.0, "ARl": 0.0}
+    # No limit was met, so fixed AP is AP.
+    expected |= {f"{name}fixed": expected[name] for name in ("AP", "APr", "APc", "APf")}
     assert list(results) == ["bbox", "segm"]
     for numbers in results.values():
         assert numbers == pytest.approx(expected, abs=100 * SAME)
@@ -428,6 +645,8 @@ def test_the_evaluator_reports_percent_and_writes_both_files(register, tmp_path,
     rows = json.loads((tmp_path / "out/lvis_instances_results.json").read_text())
     assert [(row["image_id"], row["category_id"]) for row in rows] == [(1, 7), (2, 7)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "lvis_classes.csv",
+        "lvis_classes.json",
         "lvis_instances_results.json",
         "lvis_results.json",
     ]
@@ -491,3 +710,337 @@ def test_the_evaluator_fits_the_data_set(register):
     voc = register(hand_made(), "pascal_voc")
     with pytest.raises(InputError, match=f"'{voc}' has evaluator_type 'pascal_voc'"):
         build_evaluator(cfg, voc)
+
+
+# --- Beside Detectron2's evaluator, with several workers, and interrupted -------------------------
+
+
+def larger_case(seed=3, images=7):
+    """Random images in one file, with the detections of each as the model gives them."""
+    generator = np.random.default_rng(seed)
+    categories = [
+        {"id": c, "name": f"class {c}", "frequency": group} for c, group in zip((2, 5, 9), "rcf")
+    ]
+    content = {"categories": categories, "images": [], "annotations": []}
+    for image_id in range(1, images + 1):
+        content["images"].append(
+            {
+                "id": image_id,
+                "height": 60,
+                "width": 80,
+                "neg_category_ids": [2, 5],
+                "not_exhaustive_category_ids": [9] if image_id % 2 else [],
+            }
+        )
+        for _ in range(4):
+            x, y = generator.integers(0, 40, 2).tolist()
+            number = len(content["annotations"]) + 1
+            category = int(generator.choice([2, 5, 9]))
+            content["annotations"].append(box_object(number, image_id, category, (x, y, 15, 12)))
+    inputs, outputs = [], []
+    for image in content["images"]:
+        inputs.append({"image_id": image["id"]})
+        outputs.append({"instances": some_instances(content, image["id"], generator)})
+    return content, inputs, outputs
+
+
+def some_instances(content, image_id, generator):
+    """Each object of an image, some off, some twice, and one detection of an empty mask."""
+    near = [a for a in content["annotations"] if a["image_id"] == image_id] * 2
+    corners = np.array([a["bbox"][:2] for a in near]) + generator.integers(0, 4, (len(near), 2))
+    boxes = np.concatenate([corners, corners + (15, 12)], axis=1)
+    instances = Instances((60, 80), pred_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32)))
+    instances.scores = torch.from_numpy(generator.random(len(near), dtype=np.float32))
+    instances.pred_classes = torch.tensor([[2, 5, 9].index(a["category_id"]) for a in near])
+    instances.pred_masks = torch.zeros(len(near), 60, 80, dtype=torch.bool)
+    for index, (x1, y1, x2, y2) in enumerate(boxes[:-1]):  # the last mask is empty
+        instances.pred_masks[index, y1:y2, x1:x2] = True
+    return instances
+
+
+def test_detectron2s_own_evaluator_says_the_same(register, lvis_package):
+    content, inputs, outputs = larger_case()
+    results = []
+    for evaluator in (
+        LVISEvaluator(register(content), distributed=False),
+        BalancedLVISEvaluator(register(content), distributed=False),
+    ):
+        evaluator.reset()
+        evaluator.process(inputs, outputs)
+        results.append(evaluator.evaluate())
+    theirs, ours = results
+    for task in ("bbox", "segm"):
+        assert 1 < ours[task]["AP"] < 99
+        for metric, value in theirs[task].items():
+            # The boxes of the file are shortened to what a float32 holds; those here are whole.
+            expected = math.nan if value == -100 else value
+            assert ours[task][metric] == pytest.approx(expected, abs=100 * SAME, nan_ok=True)
+
+
+def register_here(name, json_file):
+    MetadataCatalog.get(name).set(
+        json_file=str(json_file),
+        evaluator_type="lvis",
+        thing_dataset_id_to_contiguous_id={2: 0, 5: 1, 9: 2},
+    )
+
+
+def evaluate_a_share(rank, json_file, out, num_workers):
+    register_here("evaluation_of_workers", json_file)
+    _, inputs, outputs = larger_case()
+    share = np.array_split(np.arange(len(inputs)), num_workers)[rank]
+    evaluator = BalancedLVISEvaluator("evaluation_of_workers", out)
+    evaluator.reset()
+    for index in share:
+        evaluator.process([inputs[index]], [outputs[index]])
+    return evaluator.evaluate()
+
+
+def test_one_and_three_workers_write_the_same_bytes(tmp_path):
+    json_file = tmp_path / "annotations.json"
+    json_file.write_text(json.dumps(larger_case()[0]))
+    alone = evaluate_a_share(0, json_file, tmp_path / "1", 1)
+    MetadataCatalog.remove("evaluation_of_workers")
+    together = run_workers(evaluate_a_share, json_file, tmp_path / "3", 3, num_workers=3)
+    assert together[1:] == [None, None]
+    written = [
+        {path.name: path.read_bytes() for path in (tmp_path / number).iterdir()} for number in "13"
+    ]
+    assert sorted(written[0]) == [
+        "lvis_classes.csv",
+        "lvis_classes.json",
+        "lvis_instances_results.json",
+        "lvis_results.json",
+    ]
+    assert written[0] == written[1]
+    assert repr(alone) == repr(together[0])  # NaN included
+    assert 1 < alone["segm"]["AP"] < 99
+
+
+@pytest.fixture
+def interrupted(register, tmp_path):
+    """What a run leaves that was stopped after four of seven images, and its annotations."""
+    content, inputs, outputs = larger_case()
+    name = register(content)
+    evaluator = BalancedLVISEvaluator(name, tmp_path / "out")
+    for index in range(4):
+        evaluator.process([inputs[index]], [outputs[index]])
+    (partial,) = (tmp_path / "out").iterdir()
+    return MetadataCatalog.get(name).json_file, partial, evaluator, inputs, outputs
+
+
+def test_what_was_written_until_an_interrupt_is_usable(interrupted, tmp_path, capsys):
+    json_file, partial, *_ = interrupted
+    assert partial.name == "lvis_instances_results.partial-0.json"
+    assert {row["image_id"] for row in json.loads(partial.read_text())} == {1, 2, 3, 4}
+    assert evaluate_files([json_file, str(partial), "--out", str(tmp_path / "again")]) == 0
+    assert "APrfixed" in capsys.readouterr().out
+    assert json.loads((tmp_path / "again/lvis_results.json").read_text())["segm"]["AP"] > 1
+
+
+def test_a_detection_file_cut_short_is_refused_with_the_byte(interrupted, tmp_path, capsys):
+    json_file, partial, *_ = interrupted
+    whole = partial.read_bytes()
+    cut = tmp_path / "cut.json"
+    for length in (len(whole) // 2, len(whole) - 1):
+        cut.write_bytes(whole[:length])
+        assert evaluate_files([json_file, str(cut)]) == 2
+        message = capsys.readouterr().err
+        assert f"cut.json' is no valid JSON, it is cut short at byte {length}" in message
+        assert message.count("\n") == 1
+
+
+def test_the_file_gives_the_numbers_of_the_run(interrupted, tmp_path, capsys):
+    json_file, partial, evaluator, inputs, outputs = interrupted
+    evaluator.process(inputs[4:], outputs[4:])
+    results = evaluator.evaluate()
+    assert not partial.exists()
+    detections = partial.with_name("lvis_instances_results.json")
+    assert evaluate_files([json_file, str(detections), "--out", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again/lvis_results.json").read_text())
+    for task, numbers in results.items():
+        for metric, value in numbers.items():
+            # To the bit: what is written is what was matched.
+            assert again[task][metric] == (None if math.isnan(value) else value)
+    for name in ("lvis_classes.csv", "lvis_classes.json", "lvis_results.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_detections_read_by_column_are_those_read_one_by_one(iou_type):
+    content, rows = random_case(np.random.default_rng(5))
+    truth = read_annotations(content)
+    rows = [*rows, {**rows[0], "bbox": [1, 2.5, 3, 4]}]
+    fast = detections._plain_columns(rows, truth, iou_type)
+    plain = detections._checked_columns(rows, truth, iou_type)
+    assert vars(fast).keys() == vars(plain).keys()
+    for name, column in vars(plain).items():
+        np.testing.assert_array_equal(getattr(fast, name), column)
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_files_read_in_parts_are_those_read_at_once(iou_type, interrupted, tmp_path, monkeypatch):
+    json_file, ours, *_ = interrupted
+    rows = json.loads(ours.read_text())
+    others = tmp_path / "others.json"
+    others.write_text(json.dumps(rows, indent=1))
+    split = tmp_path / "split.json"  # begins and ends as ours, but not in lines of its own
+    split.write_text(ours.read_text().replace('"score"', '\n"score"'))
+    monkeypatch.setattr(detections, "_PART", 300)
+    assert detections._is_as_we_write_it(ours) and not detections._is_as_we_write_it(others)
+    truth = read_annotations(json_file)
+    expected = read_detections(rows, truth, iou_type)
+    for path in (ours, others, split):
+        found = detections.read_detection_files([path], truth, iou_type)
+        for name, column in vars(expected).items():
+            np.testing.assert_array_equal(getattr(found, name), column)
+    bad = tmp_path / "bad.json"
+    bad.write_text(ours.read_text().replace('"image_id":4', '"image_id":44'))
+    first_bad = next(i for i, row in enumerate(rows) if row["image_id"] == 4)
+    with pytest.raises(InputError, match=f"Detection {first_bad} has image_id 44"):
+        detections.read_detection_files([bad], truth, iou_type)
+
+
+def test_scores_and_boxes_survive_the_file_to_the_bit():
+    generator = np.random.default_rng(0)
+    numbers = np.exp(generator.uniform(-20, 8, 10_000)).astype(np.float32)
+    assert np.array_equal(np.array(texts_of(numbers), dtype=np.float32), numbers)
+    assert texts_of(np.array([0.5, 100.0, 1 / 3], dtype=np.float32)) == [
+        "0.5",
+        "100",
+        "0.333333343",
+    ]
+
+
+def test_the_limits_of_fixed_ap_are_those_of_the_file(register, tmp_path, monkeypatch):
+    content, inputs, outputs = larger_case()
+    name = register(content)
+    monkeypatch.setattr("balanced_det.evaluation.evaluator.FIXED_MAX_DETS", 6)
+    evaluator = BalancedLVISEvaluator(name, tmp_path / "out", max_dets_per_image=5)
+    evaluator.process(inputs, outputs)
+    results = evaluator.evaluate()
+    truth = read_annotations(content)
+    rows = json.loads((tmp_path / "out/lvis_instances_results.json").read_text())
+    for task in ("bbox", "segm"):
+        expected = fixed_result(truth, read_detections(rows, truth, task), task, per_class=6)
+        assert results[task]["APfixed"] == pytest.approx(100 * expected.metrics["AP"], abs=SAME)
+        assert results[task]["APfixed"] != pytest.approx(results[task]["AP"])
+
+
+def test_files_of_interrupted_runs_go_when_a_run_is_complete(interrupted, register, tmp_path):
+    _, partial, evaluator, inputs, outputs = interrupted
+    left = partial.with_name("lvis_instances_results.partial-5.json")
+    left.write_text("[]")
+    evaluator.reset()
+    evaluator.process(inputs, outputs)
+    evaluator.evaluate()
+    assert not left.exists() and not partial.exists()
+    rows = json.loads(partial.with_name("lvis_instances_results.json").read_text())
+    assert len(rows) == sum(len(output["instances"]) for output in outputs)
+
+
+def test_an_image_is_evaluated_once(register):
+    content, inputs, outputs = larger_case()
+    evaluator = BalancedLVISEvaluator(register(content))
+    evaluator.process(inputs, outputs)
+    with pytest.raises(InputError, match="Image 1 is evaluated twice"):
+        evaluator.process(inputs[:1], outputs[:1])
+    with pytest.raises(InputError, match="given image 99, which .* does not list"):
+        evaluator.process([{"image_id": 99}], outputs[:1])
+
+
+def test_one_object_without_a_mask_is_told_and_boxes_are_evaluated(register, caplog):
+    content, inputs, outputs = larger_case()
+    del content["annotations"][1]["segmentation"]
+    evaluator = BalancedLVISEvaluator(register(content))
+    evaluator.process(inputs, outputs)
+    assert list(evaluator.evaluate()) == ["bbox"]
+    assert "annotation 2 has none" in caplog.text
+
+
+def test_masks_may_come_as_run_lengths(register, tmp_path):
+    content, inputs, outputs = larger_case()
+    outputs[0]["instances"].scores[1] = math.nan  # dropped, with its mask
+    written = []
+    for form in ("masks", "run lengths"):
+        if form == "run lengths":
+            for output in outputs:
+                pasted = output["instances"].pred_masks.permute(1, 2, 0).numpy().astype(np.uint8)
+                output["instances"].remove("pred_masks")
+                rles = masks.encode(np.asfortranarray(pasted))
+                output["instances"].pred_masks_rle = rles
+        evaluator = BalancedLVISEvaluator(register(content), tmp_path / form)
+        evaluator.process(inputs, copy.deepcopy(outputs))
+        evaluator.evaluate()
+        written.append({path.name: path.read_bytes() for path in (tmp_path / form).iterdir()})
+    assert written[0] == written[1]
+    assert b'"segm"' in written[0]["lvis_results.json"]
+
+
+def test_a_mask_rcnn_is_evaluated_by_run_lengths_as_by_pasted_masks(tmp_path):
+    torch.manual_seed(0)
+    paths = shapes.generate(
+        tmp_path / "shapes", classes=models.NUM_CLASSES, train=4, val=3, size=64
+    )
+    name = str(paths.val_json)  # a name not used before
+    cfg = models.config(models.MASK)
+    cfg.BALANCE.DATASETS = [[name, name, str(paths.image_root)]]
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
+    # A network that has learnt nothing still finds something to compare.
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    register_datasets(cfg)
+    model = Trainer.build_model(cfg)
+    ours = Trainer.test(cfg, model)
+
+    evaluator = Trainer.build_evaluator(cfg, name, str(tmp_path / "pasted"))
+    loader = Trainer.build_test_loader(cfg, name)
+    pasted = inference_on_dataset(model, loader, evaluator)
+    assert set(ours) == {"bbox", "segm"}
+    assert repr(ours) == repr(pasted)
+    for path in (tmp_path / "pasted").iterdir():
+        assert path.read_bytes() == (tmp_path / "out/inference" / path.name).read_bytes()
+    assert len(json.loads((tmp_path / "pasted/lvis_instances_results.json").read_text())) > 100
+    assert model.training  # as it was before
+
+
+def test_each_of_several_test_sets_has_its_folder_and_own_data_its_limit(register):
+    cfg = get_cfg()
+    first, second = register(hand_made()), register(hand_made())
+    cfg.OUTPUT_DIR, cfg.TEST.DETECTIONS_PER_IMAGE = "out", 500
+    for names, folders in (
+        ([first], ["out/inference"]),
+        ([first, second], [f"out/inference/{first}", f"out/inference/{second}"]),
+    ):
+        cfg.DATASETS.TEST = tuple(names)
+        evaluators = [build_evaluator(cfg, name) for name in names]
+        assert [evaluator._output_dir for evaluator in evaluators] == folders
+        assert [evaluator._max_dets for evaluator in evaluators] == [500] * len(names)
+
+
+def test_class_tables_hold_numbers_groups_and_the_protocol(tmp_path):
+    content = hand_made()
+    content["categories"][1]["name"] = "rar\x1b[31mity\n"
+    results = {"bbox": lvis_result(content, PERFECT[1:])}
+    rows = class_rows(results, {7: 2})
+    write_results({"bbox": results["bbox"].metrics}, rows, results, tmp_path)
+    written = json.loads((tmp_path / "lvis_classes.json").read_text())
+    assert written["protocol"]["bbox"]["max_dets_per_image"] == 300
+    rare, _, plenty = written["classes"]
+    # Half of the rare objects are found, at score 0.8: F1 is 2 * 1 * 0.5 / 1.5.
+    assert rare["name"] == r"rar\x1b[31mity\n"
+    assert (rare["group"], rare["train_images"]) == ("r", 2)
+    assert rare["bbox"]["AR"] == pytest.approx(50)
+    assert rare["bbox"]["F1"] == pytest.approx(200 / 3)
+    assert rare["bbox"]["threshold"] == 0.8
+    assert plenty["bbox"]["threshold"] == 0.6
+    with open(tmp_path / "lvis_classes.csv", newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header[:5] == ["category_id", "name", "group", "train_images", "bbox_AP"]
+    assert lines[0][:4] == ["7", r"rar\x1b[31mity\n", "r", "2"]
+    assert "max_dets_per_image 300" in lines[0][-1]
+    unfound = class_rows({"bbox": lvis_result(content, [])})
+    assert unfound[0]["bbox"]["F1"] == 0.0
+    assert math.isnan(unfound[0]["bbox"]["threshold"])

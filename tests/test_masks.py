@@ -57,8 +57,14 @@ def device(request):
 @pytest.mark.parametrize("kind", ["usual", "tiny", "whole", "beyond the image"])
 @pytest.mark.parametrize("size", [(60, 90), (1, 40), (37, 1), (130, 70)])
 @pytest.mark.parametrize("pixels", [1 << 23, 500])
-def test_run_lengths_are_those_of_the_pasted_masks(device, monkeypatch, kind, size, pixels):
+@pytest.mark.parametrize("together", [False, True])
+def test_run_lengths_are_those_of_the_pasted_masks(
+    device, monkeypatch, kind, size, pixels, together
+):
     monkeypatch.setattr(module, "_PIXELS", pixels)  # few: boxes are cut into strips
+    if together:  # many boxes at a time, as on a GPU
+        chunks = module._chunks
+        monkeypatch.setattr(module, "_chunks", lambda tiles, _: chunks(tiles, torch.device("cuda")))
     torch.manual_seed(0)
     masks, boxes = make_masks(60).to(device), make_boxes(60, *size, kind).to(device)
     if kind == "beyond the image" and device == "cpu":
@@ -139,6 +145,11 @@ def test_a_wrapped_detector_gives_run_lengths_in_place_of_masks():
         expected = [coco_mask.encode(np.asfortranarray(m, dtype=np.uint8)) for m in full]
         assert ours.pred_masks_rle == expected
         assert 0 < sum(coco_mask.area(expected)) < full.size
+        # Detections are picked together with their masks.
+        best = ours.scores > ours.scores.median()
+        assert ours[best].to("cpu").pred_masks_rle == [expected[i] for i in best.nonzero()]
+        assert ours[torch.tensor([2, 0])].pred_masks_rle == [expected[2], expected[0]]
+        assert ours[1:3].pred_masks_rle == expected[1:3]
 
 
 @pytest.mark.parametrize("choice", [FASTER, RETINANET], ids=["faster", "retinanet"])

@@ -12,6 +12,7 @@ from detectron2.structures import BoxMode
 
 from balanced_det.data import registration, shapes
 from balanced_det.data.registration import (
+    check_masks,
     check_num_classes,
     load_detections,
     num_classes,
@@ -192,6 +193,7 @@ def test_test_sets_need_no_annotations(tmp_path):
 
 
 POLYGON = [0, 0, 9, 0, 9, 9]
+COMPRESSED = {"size": [100, 200], "counts": "12m`c0"}  # 1, 2 and 19997 pixels
 
 
 @pytest.mark.parametrize(
@@ -202,8 +204,9 @@ POLYGON = [0, 0, 9, 0, 9, 9]
         ([POLYGON, [1, 2, 3, 4]], [POLYGON]),
         ([[1, 2, 3, 4]], "skipped"),
         ([], None),
-        ({"size": [2, 2], "counts": "11O0"}, {"size": [2, 2], "counts": "11O0"}),
-        ({"size": [2, 2], "counts": [1, 2, 1]}, {"size": [2, 2], "counts": b"121"}),
+        (None, None),
+        (COMPRESSED, COMPRESSED),
+        ({"size": [100, 200], "counts": [1, 2, 19997]}, {**COMPRESSED, "counts": b"12m`c0"}),
     ],
 )
 def test_masks_are_read(tmp_path, segmentation, read):
@@ -412,6 +415,84 @@ def test_training_sets_with_different_classes_are_refused(tmp_path):
     register_datasets(cfg)
     with pytest.raises(InputError, match="differ in their classes"):
         training_statistics(cfg)
+
+
+def test_a_test_set_whose_classes_stand_under_other_ids_is_refused(tmp_path):
+    trained, tested = name(), name()
+    (tmp_path / "other").mkdir()
+
+    def swap(content):
+        content["categories"][0]["name"], content["categories"][1]["name"] = "cat", "dog"
+
+    cfg = config(
+        (trained, str(write(tmp_path)), ""),
+        (tested, str(write(tmp_path / "other", changed(swap))), ""),
+        train=[trained],
+        test=[tested],
+    )
+    register_datasets(cfg)
+    check_num_classes(cfg, 3, "MODEL.RETINANET.NUM_CLASSES", [trained])
+    message = f"'{trained}' and '{tested}' differ in .* class 0, .* is 'cat' in the first and 'dog'"
+    with pytest.raises(InputError, match=message):
+        check_num_classes(cfg, 3, "MODEL.RETINANET.NUM_CLASSES", [tested])
+    # Other ids in the same order are the same classes to a model.
+    shifted = changed(lambda c: [k.update(id=k["id"] + 100) for k in c["categories"]])
+    shifted["annotations"] = []
+    third = name()
+    (tmp_path / "third").mkdir()
+    cfg = config(
+        (trained, str(tmp_path / "annotations.json"), ""),
+        (third, str(write(tmp_path / "third", shifted)), ""),
+        train=[trained],
+        test=[third],
+    )
+    register_datasets(cfg)
+    check_num_classes(cfg, 3, "MODEL.RETINANET.NUM_CLASSES", [third])
+
+
+def test_without_a_training_set_no_classes_are_compared(tmp_path):
+    gone, tested = name(), name()
+    path = write(tmp_path)
+    cfg = config((gone, "gone.json", ""), (tested, str(path), ""), train=[gone], test=[tested])
+    register_datasets(cfg)
+    check_num_classes(cfg, 3, "MODEL.RETINANET.NUM_CLASSES", [tested])
+
+
+@pytest.mark.parametrize(
+    "with_mask, as_training, as_test",
+    [((), "annotation 1", None), ((0,), "annotation 2", "annotation 2"), ((0, 1), None, None)],
+    ids=["no masks", "one mask", "all masks"],
+)
+def test_masks_are_there_before_anything_is_trained(tmp_path, with_mask, as_training, as_test):
+    def give(content):
+        for index in with_mask:
+            content["annotations"][index]["segmentation"] = [POLYGON]
+
+    dataset = name()
+    path = write(tmp_path, changed(give))
+    for key, missing in (("train", as_training), ("test", as_test)):
+        cfg = config((dataset, str(path), ""), **{key: [dataset]})
+        register_datasets(cfg)
+        check_masks(cfg)  # boxes alone need none
+        cfg.MODEL.MASK_ON = True
+        if missing is None:
+            check_masks(cfg)
+        else:
+            with pytest.raises(InputError, match=f"MASK_ON is True, but .* {missing} has no mask"):
+                check_masks(cfg)
+
+
+def test_ignored_objects_are_not_trained_on(tmp_path):
+    content = changed(lambda c: c["annotations"][0].update(ignore=1))
+    records = load_detections(write(tmp_path, content), None)
+    assert [r["annotations"][0]["iscrowd"] for r in records] == [1, 0]
+
+
+def test_image_names_that_no_file_system_has_are_missing_images(tmp_path):
+    for file_name in ("a\0b/c.jpg", "\ud800/c.jpg"):
+        content = changed(lambda c, n=file_name: c["images"][0].update(file_name=n))
+        with pytest.raises(InputError, match="1 of the 2 images"):
+            load_detections(write(tmp_path, content), tmp_path)
 
 
 def test_a_training_set_is_needed_to_count(tmp_path):

@@ -402,5 +402,7 @@ def test_command_without_detectron2_says_what_to_run():
 
 
 def test_methods_need_no_detectron2():
-    done = python("from balanced_det import losses, ops, priors, samplers")
+    done = python(
+        "from balanced_det import calibration, cosine, criterion, losses, ops, priors, samplers"
+    )
     assert done.returncode == 0, done.stderr

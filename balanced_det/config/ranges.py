@@ -96,6 +96,8 @@ _BALANCE = {
             "GUIDED_FACTOR": _ABOVE_0,
         }.items()
     },
+    "BALANCE.DENSE.CLASS_WEIGHT_STRENGTH": _AT_LEAST_0,
+    "BALANCE.ROI_HEADS.CLASS_WEIGHT_STRENGTH": _AT_LEAST_0,
 }
 RANGES = {**_SOLVER, **_DATA, **_MODEL, **_BALANCE}
 # Where None is off, messages say so.

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 
 from ..errors import InputError
 from ..parts import PARTS
-from .keys import PYRAMID_BUILDER, default_values
+from .keys import PYRAMID_BUILDER, default_values, method_names
 from .reads import leaves
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ _EFFECT = {
     "size of the box loss whatever its weight is",
     "GUIDED_FACTOR": "it has an effect with GUIDED_LOSS only",
     "PRIOR_PROB": "it has an effect without OPTIMAL_PRIOR only, which counts the prior",
+    "CLASS_WEIGHT_STRENGTH": "it has an effect with CLASS_WEIGHTS by name only, such as 'auto'",
     "ROWS_PER_IMAGE": "it has an effect with a SAMPLER that does not take all rows",
     "POSITIVE_FRACTION": "it has an effect with a SAMPLER that does not take all rows",
 }
@@ -107,7 +108,12 @@ def _exchanged(cfg, key, reads):
 
 
 def _named(slots, reads):
-    named = {method for slot, method in slots.items() if slot in reads}
+    named = {
+        method
+        for slot, names in slots.items()
+        if slot in reads and names is not None
+        for method in method_names(names)
+    }
     if slots["MODEL.BACKBONE.NAME"] == PYRAMID_BUILDER:
         named.add("PYRAMID")
     return named

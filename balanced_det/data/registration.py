@@ -11,24 +11,43 @@ Detectron2's own LVIS and COCO names keep working, at Detectron2's paths; they a
 reader, which tells what is wrong with a file in a sentence.
 """
 
-import json
 import logging
-import math
 import os
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress
 
+import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO, _PREDEFINED_SPLITS_LVIS
 from detectron2.structures import BoxMode
 
-from ..errors import InputError
+from ..errors import InputError, printable
+from .annotations import read_annotations
 from .statistics import dataset_statistics
 
 logger = logging.getLogger(__name__)
 
 _BUILTIN_NAMES = frozenset(_PREDEFINED_SPLITS_COCO["coco"]).union(*_PREDEFINED_SPLITS_LVIS.values())
 _registered = {}  # name -> (json_file, image_root), of all that this module registered
+_read = {}  # name -> _Read, of all that this module has read
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is known of a data set beside Detectron2's metadata, once it is read.
+
+    Attributes:
+        classes: names as in the file, by contiguous id; Detectron2's own data sets have others.
+        trained_without_mask: the name of the first object to train on that has no mask, or None.
+        odd_one_without_mask: the name of the first object of all that has none where others have
+            one, or None.
+    """
+
+    classes: tuple = ()
+    trained_without_mask: str | None = None
+    odd_one_without_mask: str | None = None
 
 
 def register_datasets(cfg):
@@ -98,59 +117,48 @@ def load_detections(json_file, image_root, dataset_name=None):
     Raises:
         InputError: the file or an image is missing, or the file's content is unusable.
     """
-    content = _read_json(json_file)
-    categories = _by_id(content["categories"], "category", json_file)
-    images = _by_id(content["images"], "image", json_file)
-    contiguous_ids = {category_id: i for i, category_id in enumerate(sorted(categories))}
+    data = read_annotations(json_file)
+    contiguous_ids = {category.id: i for i, category in enumerate(data.categories)}
     if dataset_name is not None:
-        _set_metadata(dataset_name, json_file, image_root, categories, contiguous_ids)
+        _set_metadata(dataset_name, json_file, image_root, data.categories, contiguous_ids)
 
-    file_names = _locate_images(images, image_root, json_file)
-    records = {}
-    for image_id in sorted(images):
-        image = images[image_id]
-        record = {
-            "file_name": file_names[image_id],
-            "height": _length(image, "height", json_file),
-            "width": _length(image, "width", json_file),
-            "image_id": image_id,
-        }
-        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
-            if key in image:
-                record[key] = image[key]
-        record["annotations"] = []
-        records[image_id] = record
-
-    skipped = clipped = without_mask = 0
-    for annotation in content["annotations"]:
-        record, category = _references(annotation, records, contiguous_ids, json_file)
-        box, was_clipped = _clip_box(annotation, record, json_file)
-        if box is None:
-            skipped += 1
-            continue
+    file_names = _locate_images(data.images, image_root, json_file)
+    records = [_record(image, file_names[image.id], json_file) for image in data.images]
+    sizes = np.array([(record["width"], record["height"]) for record in records])  # (images, 2)
+    boxes, usable, clipped = _clip_boxes(data.boxes, sizes[data.image])
+    if dataset_name is not None:
+        _read[dataset_name] = _Read(
+            tuple(category.name for category in data.categories),
+            _first_without_mask(data, usable & ~data.crowd & ~data.ignore),
+            _first_without_mask(data, np.full(len(data), data.has_some_masks())),
+        )
+    columns = (data.image, data.category, boxes, data.crowd | data.ignore, clipped)
+    rows = zip(*(column.tolist() for column in columns), data.segmentation)
+    clipped_objects = without_corners = 0
+    for image, category, box, left_out, was_clipped, mask in compress(rows, usable):
         parsed = {
             "bbox": box,
             "bbox_mode": BoxMode.XYWH_ABS,
             "category_id": category,
-            "iscrowd": annotation.get("iscrowd", 0),
+            "iscrowd": int(left_out),  # Detectron2 does not train on it
         }
-        if annotation.get("segmentation"):
-            mask = _mask(annotation, json_file)
+        if mask is not None:
             if not mask:
-                without_mask += 1
+                without_corners += 1
                 continue
-            parsed["segmentation"] = mask
-        clipped += was_clipped
-        record["annotations"].append(parsed)
+            parsed["segmentation"] = _as_detectron2_takes_it(mask)
+        clipped_objects += was_clipped
+        records[image]["annotations"].append(parsed)
 
-    if skipped or clipped or without_mask:
+    skipped = len(data) - int(usable.sum())
+    if skipped or clipped_objects or without_corners:
         logger.warning(
-            f"'{json_file}': {skipped} boxes without area or outside their image skipped, "
-            f"{clipped} reaching outside clipped, {without_mask} annotations with less than three "
-            f"polygon corners skipped, of {len(content['annotations'])}."
+            f"'{printable(os.fspath(json_file))}': {skipped} boxes without area or outside their "
+            f"image skipped, {clipped_objects} reaching outside clipped, {without_corners} "
+            f"annotations with less than three polygon corners skipped, of {len(data)}."
         )
-    logger.info(f"Read {len(records)} images from '{json_file}'.")
-    return list(records.values())
+    logger.info(f"Read {len(records)} images from '{printable(os.fspath(json_file))}'.")
+    return records
 
 
 def training_statistics(cfg):
@@ -195,12 +203,76 @@ def check_num_classes(cfg, k, key, names=None):
         names: data sets to check; by default ``DATASETS.TRAIN``, or without one ``DATASETS.TEST``.
 
     Raises:
-        InputError: a data set has another number of classes.
+        InputError: a data set has another number of classes, or classes other than the training
+            set's, see :func:`check_same_classes`.
     """
     for name in cfg.DATASETS.TRAIN or cfg.DATASETS.TEST if names is None else names:
         found = len(_class_names(name))
         if found != k:
             raise InputError(f"{key} is {k}, but data set '{name}' has {found} classes.")
+        check_same_classes(cfg, name)
+
+
+def check_same_classes(cfg, name):
+    """Check that each class of a data set is the training set's class of the same number.
+
+    A model knows classes by number: class c is the c-th category by id. The same names under ids of
+    another order would be taken for each other without an error. Where the training set cannot be
+    read, as an evaluation may have none, nothing is compared.
+
+    Args:
+        cfg: a configuration whose data sets are registered.
+        name: the data set.
+
+    Raises:
+        InputError: the classes differ; the first one is named.
+    """
+    classes = _file_classes(name)
+    for trained in cfg.DATASETS.TRAIN:
+        try:
+            expected = _file_classes(trained)
+        except InputError:
+            continue
+        # Some of Detectron2's own names for classes are not the file's; either will do.
+        if expected == classes or list(_class_names(trained)) == list(_class_names(name)):
+            continue
+        differing = (i for i, pair in enumerate(zip(expected, classes)) if pair[0] != pair[1])
+        first = next(differing, min(len(expected), len(classes)))
+        raise InputError(
+            f"Data sets '{trained}' and '{name}' differ in their classes: class {first}, counted "
+            f"from 0 in the order of category ids, is {_class_text(expected, first)} in the first "
+            f"and {_class_text(classes, first)} in the second."
+        )
+
+
+def check_masks(cfg, eval_only=False):
+    """Check that what ``MODEL.MASK_ON`` trains and evaluates has masks, where it is known.
+
+    Args:
+        cfg: a configuration whose data sets are registered.
+        eval_only: the training set is not looked at.
+
+    Raises:
+        InputError: an object to train on has none; or of a test set some have, and others not.
+    """
+    if not cfg.MODEL.MASK_ON:
+        return
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if name not in _read:
+                DatasetCatalog.get(name)  # another's data set stays unknown
+            read = _read.get(name, _Read())
+            missing = read.trained_without_mask if key == "TRAIN" else read.odd_one_without_mask
+            if missing:
+                raise InputError(
+                    f"MODEL.MASK_ON is True, but in '{MetadataCatalog.get(name).json_file}' "
+                    f"{missing} has no mask."
+                )
+
+
+def is_builtin(name):
+    """Whether ``name`` is one of Detectron2's own COCO or LVIS data sets."""
+    return name in _BUILTIN_NAMES
 
 
 # --- Registration ---------------------------------------------------------------------------------
@@ -248,7 +320,7 @@ def _set_paths(name, json_file, image_root):
 
 def _set_metadata(name, json_file, image_root, categories, contiguous_ids):
     metadata = MetadataCatalog.get(name)
-    classes = [_field(categories[i], "name", "category", json_file) for i in contiguous_ids]
+    classes = [category.name for category in categories]
     known = metadata.get("thing_classes", classes)
     # Detectron2 calls LVIS's classes by their first synonym, so only the numbers can be compared.
     same = len(known) == len(classes) if name in _BUILTIN_NAMES else known == classes
@@ -263,10 +335,10 @@ def _set_metadata(name, json_file, image_root, categories, contiguous_ids):
     _set_paths(name, json_file, image_root)
     # Detectron2's federated loss samples classes by it.
     if metadata.get("class_image_count") is None and all(
-        "image_count" in category for category in categories.values()
+        category.image_count is not None for category in categories
     ):
         metadata.class_image_count = [
-            {"id": i, "image_count": categories[i]["image_count"]} for i in contiguous_ids
+            {"id": category.id, "image_count": category.image_count} for category in categories
         ]
 
 
@@ -278,6 +350,16 @@ def _class_names(name):
     if metadata.get("thing_classes") is None:
         raise InputError(f"Data set '{name}' has no 'thing_classes' in its metadata.")
     return metadata.thing_classes
+
+
+def _file_classes(name):
+    """The class names as the annotation file has them, else as the metadata has them."""
+    classes = _class_names(name)
+    return list(_read[name].classes if name in _read else classes)
+
+
+def _class_text(classes, index):
+    return f"'{classes[index]}'" if index < len(classes) else "absent"
 
 
 def _common_classes(names):
@@ -310,119 +392,58 @@ def _training_statistics(names, filter_empty, min_keypoints):
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def _read_json(json_file):
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        raise InputError(f"The annotation file '{json_file}' does not exist.") from None
-    except OSError as error:
-        raise InputError(
-            f"The annotation file '{json_file}' cannot be read: {error.strerror}."
-        ) from None
-    except ValueError as error:  # broken JSON and broken UTF-8
-        raise InputError(
-            f"The annotation file '{json_file}' is no valid JSON, perhaps cut off: {error}."
-        ) from None
-    if not isinstance(content, dict):
-        raise InputError(f"The annotation file '{json_file}' does not hold a JSON object.")
-    base = os.path.basename(json_file)
-    if base.startswith("image_info") or "_image_info_" in base:
-        content.setdefault("annotations", [])
-    for key in ("categories", "images", "annotations"):
-        if not isinstance(content.get(key), list):
-            raise InputError(f"The annotation file '{json_file}' has no list '{key}'.")
-        if not content[key] and key != "annotations":
-            raise InputError(f"The annotation file '{json_file}' has an empty list '{key}'.")
-    return content
+def _record(image, file_name, json_file):
+    """An image in Detectron2's standard format, without objects yet."""
+    for key in ("height", "width"):
+        if getattr(image, key) is None:
+            raise InputError(f"'{json_file}': the image {{'id': {image.id}}} has no '{key}'.")
+    record = {
+        "file_name": file_name,
+        "height": image.height,
+        "width": image.width,
+        "image_id": image.id,
+    }
+    for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+        if getattr(image, key) is not None:
+            record[key] = getattr(image, key)
+    record["annotations"] = []
+    return record
 
 
-def _field(entry, key, kind, json_file):
-    try:
-        return entry[key]
-    except (KeyError, TypeError):
-        raise InputError(f"'{json_file}': the {kind} {_shortened(entry)} has no '{key}'.") from None
+def _clip_boxes(boxes, sizes):
+    """Clip boxes to their images.
+
+    Args:
+        boxes: (n, 4) x, y, width, height in pixels.
+        sizes: (n, 2) width and height of the images.
+
+    Returns:
+        boxes (n, 4), usable (n,) bool: some area is left, and clipped (n,) bool: it was more. What
+        needs no clipping keeps its numbers to the bit.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]  # (n, 2)
+        new_low, new_high = np.maximum(low, 0.0), np.minimum(high, sizes)
+        usable = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)
+        usable &= (new_low < new_high).all(1)
+        clipped = usable & ((new_low != low) | (new_high != high)).any(1)
+        inside = np.concatenate([new_low, new_high - new_low], axis=1)
+    return np.where(clipped[:, None], inside, boxes), usable, clipped
 
 
-def _length(image, key, json_file):
-    length = _field(image, key, "image", json_file)
-    if not (isinstance(length, int | float) and length > 0):
-        raise InputError(
-            f"'{json_file}': the '{key}' of image {image['id']} is {length!r}, not a number above "
-            "0."
-        )
-    return length
+def _as_detectron2_takes_it(mask):
+    """Polygons, or compressed run lengths."""
+    if isinstance(mask, list) or isinstance(mask["counts"], (str, bytes)):
+        return mask
+    return mask_util.frPyObjects(dict(mask), *mask["size"])  # uncompressed
 
 
-def _shortened(entry, length=80):
-    text = repr(entry)
-    return text if len(text) <= length else text[:length] + " ..."
-
-
-def _by_id(entries, kind, json_file):
-    by_id = {}
-    for entry in entries:
-        entry_id = _field(entry, "id", kind, json_file)
-        if entry_id in by_id:
-            raise InputError(f"'{json_file}' lists {kind} id {entry_id} twice.")
-        by_id[entry_id] = entry
-    return by_id
-
-
-def _references(annotation, records, contiguous_ids, json_file):
-    """The record of an annotation's image, and its contiguous category id."""
-    image_id = _field(annotation, "image_id", "annotation", json_file)
-    category_id = _field(annotation, "category_id", "annotation", json_file)
-    if category_id not in contiguous_ids:
-        raise InputError(
-            f"'{json_file}': annotation {annotation.get('id')} uses category id {category_id}, "
-            "which 'categories' does not list."
-        )
-    if image_id not in records:
-        raise InputError(
-            f"'{json_file}': annotation {annotation.get('id')} uses image id {image_id}, which "
-            "'images' does not list."
-        )
-    return records[image_id], contiguous_ids[category_id]
-
-
-def _clip_box(annotation, record, json_file):
-    """Return ``(box, was_clipped)``: XYWH in pixels, or None when nothing is left of the box."""
-    box = _field(annotation, "bbox", "annotation", json_file)
-    try:
-        x, y, width, height = map(float, box)
-    except (TypeError, ValueError):
-        raise InputError(
-            f"'{json_file}': the 'bbox' of annotation {annotation.get('id')} is not four numbers "
-            f"but {_shortened(box)}."
-        ) from None
-    if not all(map(math.isfinite, (x, y, width, height))) or width <= 0 or height <= 0:
-        return None, False
-    x1, y1 = max(x, 0.0), max(y, 0.0)
-    x2, y2 = min(x + width, record["width"]), min(y + height, record["height"])
-    if x1 >= x2 or y1 >= y2:
-        return None, False
-    if (x1, y1, x2, y2) == (x, y, x + width, y + height):
-        return [x, y, width, height], False
-    return [x1, y1, x2 - x1, y2 - y1], True
-
-
-def _mask(annotation, json_file):
-    """Polygons or a compressed RLE, as Detectron2 takes them; empty when no polygon is valid."""
-    segmentation = annotation["segmentation"]
-    try:
-        if isinstance(segmentation, dict):
-            if isinstance(segmentation["counts"], list):  # uncompressed
-                return mask_util.frPyObjects(segmentation, *segmentation["size"])
-            return segmentation
-        if not isinstance(segmentation[0], list):  # one polygon, not a list of them
-            segmentation = [segmentation]
-        return [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"'{json_file}': the 'segmentation' of annotation {annotation.get('id')} is neither "
-            f"polygons nor RLE but {_shortened(segmentation)}."
-        ) from None
+def _first_without_mask(data, among):
+    """The name of the first object without a mask, of those that ``among`` (n,) marks; or None."""
+    for index in np.flatnonzero(among):
+        if data.segmentation[index] is None:
+            return data.named(index)
+    return None
 
 
 def _locate_images(images, image_root, json_file):
@@ -438,29 +459,29 @@ def _locate_images(images, image_root, json_file):
         if folder not in listings:
             try:
                 listings[folder] = set(os.listdir(folder))
-            except OSError:
+            except (OSError, ValueError):  # no such folder; a NUL or a lone surrogate in its name
                 listings[folder] = frozenset()
         return name in listings[folder]
 
     file_names, missing = {}, []
-    for image_id, image in images.items():
+    for image in images:
         names = []
-        if image.get("file_name"):
-            names.append(image["file_name"])
-        if image.get("coco_url"):
-            names.append("/".join(image["coco_url"].split("/")[-2:]))
+        if image.file_name:
+            names.append(image.file_name)
+        if image.coco_url:
+            names.append("/".join(image.coco_url.split("/")[-2:]))
         if not names:
             raise InputError(
-                f"'{json_file}': image {image_id} has neither 'file_name' nor 'coco_url'."
+                f"'{json_file}': image {image.id} has neither 'file_name' nor 'coco_url'."
             )
         if image_root is None:
-            file_names[image_id] = names[0]
+            file_names[image.id] = names[0]
             continue
         paths = [os.path.join(image_root, name) for name in names]
         found = next(filter(exists, paths), None)
         if found is None:
             missing.append(paths[0])
-        file_names[image_id] = found
+        file_names[image.id] = found
     if missing:
         raise InputError(
             f"{len(missing)} of the {len(images)} images of '{json_file}' are missing, the first "

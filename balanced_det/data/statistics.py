@@ -64,8 +64,8 @@ class DatasetStatistics:
 
 
 def objects(annotations):
-    """Return the annotations that are objects; Detectron2 does not train on crowds."""
-    return [a for a in annotations if not a.get("iscrowd", 0)]
+    """Return the annotations that are objects to train on, neither crowds nor marked ``ignore``."""
+    return [a for a in annotations if not (a.get("iscrowd") or a.get("ignore"))]
 
 
 def dataset_statistics(dataset_dicts, num_classes):

@@ -8,8 +8,9 @@ except ModuleNotFoundError as error:
         "or install Detectron2 for your torch."
     ) from error
 
-from .. import pyramid  # noqa: F401  (registers the backbone)
+from .. import backbones, pyramid  # noqa: F401  (registers the backbones)
 from .fcos import BalancedFCOS
+from .folding import fold_frozen_norms
 from .rcnn import BalancedCascadeROIHeads, BalancedFastRCNNOutputLayers, BalancedROIHeads
 from .retinanet import BalancedRetinaNet
 from .rpn import BalancedRPN
@@ -21,4 +22,5 @@ __all__ = [
     "BalancedROIHeads",
     "BalancedRPN",
     "BalancedRetinaNet",
+    "fold_frozen_norms",
 ]

@@ -11,12 +11,14 @@ import math
 
 import numpy as np
 import torch
+from detectron2.config import instantiate
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.utils import comm
 
+from ..config.lazy import lazy_config
 from ..data.statistics import objects
 from ..errors import InputError
 from ..priors import optimal_prior
@@ -64,7 +66,7 @@ def count_rows(part, backbone, cfg, dataset_dicts, population=None):
         :class:`RowCounts`.
     """
     strides = [backbone.output_shape()[name].stride for name in part.row_features]
-    augmentations = T.AugmentationList(DatasetMapper.from_config(cfg, True)["augmentations"])
+    augmentations = T.AugmentationList(training_augmentations(cfg))
     device = next(backbone.parameters()).device
     counts = []  # (foreground, rows, objects) an image
     for record in dataset_dicts:
@@ -147,6 +149,13 @@ def _counted_once(part, backbone, cfg):
                 "foreground, so there is no optimal prior; do the anchors fit the objects?"
             )
     return comm.all_gather(counts)[0]
+
+
+def training_augmentations(cfg):
+    """Return what Detectron2's mapper does to training images, as a list."""
+    if lazy_config(cfg) is not None:
+        return list(instantiate(lazy_config(cfg).dataloader.train.mapper.augmentations))
+    return DatasetMapper.from_config(cfg, True)["augmentations"]
 
 
 def _resized_instances(record, augmentations):

@@ -24,6 +24,7 @@ second result, the rows of the detections, counts rows without those that were d
 that is not finite; here it counts all.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,7 +34,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..ops.nms import nms_mask
-from ..rows import level_rows
+from ..rows import level_rows, on_device
+from .proposals import clip
 
 ABSENT = -1.0  # Stands for the score of a candidate that is none; probabilities are not negative.
 _CANDIDATES = 4096  # Of an image, at first. 300 detections are nearly always found among them.
@@ -88,41 +90,37 @@ def region_detections(
         A proposal with a score or box that is not finite has no detections.
     """
     sizes = [len(p) for p in proposals]
+    image_sizes = [p.image_size for p in proposals]
     num_classes = scores.shape[1]
     sources = torch.cat([p.proposal_boxes.tensor for p in proposals])  # (R, 4)
     deltas = deltas.unflatten(1, (-1, 4))  # (R, K or 1, 4)
     usable = _finite_scores(scores) & _finite_boxes(deltas, sources, box2box_transform)
-    passes = (scores > score_threshold) & usable[:, None]
-    # Lines of one length: what is missing to the most proposals of an image is absent.
-    table = pad_sequence(
-        scores.float().where(passes, ABSENT).split(sizes), batch_first=True, padding_value=ABSENT
-    ).flatten(1)  # (N, C), C = max R_i K
-    first_row = torch.tensor([0, *sizes[:-1]], device=scores.device).cumsum(0)[:, None]
-    limits = _limits([p.image_size for p in proposals], sources)  # (N, 1, 4)
+    scores = scores.float().where((scores > score_threshold) & usable[:, None], ABSENT)
+    # Lines of one length: what an image lacks to the most proposals is absent.
+    table = pad_sequence(scores.split(sizes), batch_first=True, padding_value=ABSENT)
+    table = table.flatten(1)  # (N, C), C = max R_i K
+    first_row = [0, *itertools.accumulate(sizes[:-1])]
+    first_row = on_device(first_row, deltas.new_empty(0, dtype=torch.long))[:, None]  # (N, 1)
+
     total = table.shape[1]
     wanted = total if detections_per_image < 0 else detections_per_image
-    num_candidates = total if detections_per_image < 0 else max(num_candidates, wanted)
+    num_candidates = max(num_candidates, wanted)
     while True:
         best, index = stable_topk(table, min(num_candidates, total))  # (N, M)
-        classes = index % num_classes
-        row = index // num_classes + first_row
-        row = row.where(best >= 0, 0)  # a padded row has no proposal
-        own = classes if deltas.shape[1] > 1 else 0
-        boxes = box2box_transform.apply_deltas(
-            deltas[row, own].flatten(0, 1), sources[row].flatten(0, 1)
-        )
-        boxes = boxes.view(*row.shape, 4).clamp(min=0).minimum(limits)
+        row, classes = index // num_classes, index % num_classes
+        at = (row + first_row).where(best >= 0, 0)  # what is absent may have no proposal
+        own = deltas[at, classes if deltas.shape[1] > 1 else 0]  # (N, M, 4)
+        boxes = box2box_transform.apply_deltas(own.flatten(0, 1), sources[at].flatten(0, 1))
+        boxes = clip(boxes.view_as(own), image_sizes)
         kept, position = _suppress(boxes, best, classes, num_classes, nms_threshold, wanted)
         found = (kept >= 0).sum(dim=1)
         # All that pass the threshold were candidates, or enough of the candidates survived.
         enough = (best[:, -1:] < 0).all(dim=1) | (found >= wanted)
         *found, enough = torch.cat([found, enough.all()[None]]).tolist()
         if enough or num_candidates >= total:
-            break
+            rows = _cut(row.gather(1, position), found)
+            return _instances(image_sizes, found, boxes, kept, classes, position), rows
         num_candidates *= _GROWTH
-    sizes = [p.image_size for p in proposals]
-    rows = (row - first_row).gather(1, position)
-    return _instances(sizes, found, boxes, kept, classes, position), _cut(rows, found)
 
 
 def dense_detections(
@@ -249,11 +247,6 @@ def _finite_boxes(deltas, sources, transform):
     largest = torch.cat([lowest[:, :2], highest[:, 2:]], dim=1)
     boxes = (transform.apply_deltas(d, sources) for d in (highest, largest))
     return torch.cat(list(boxes), dim=1).isfinite().all(dim=1)
-
-
-def _limits(image_sizes, like):
-    """Return (N, 1, 4): the largest coordinates in each image."""
-    return like.new_tensor([[[width, height, width, height]] for height, width in image_sizes])
 
 
 def _suppress(boxes, scores, classes, num_classes, nms_threshold, wanted):

@@ -25,6 +25,21 @@ _PIXELS = 1 << 23
 _THRESHOLD = 0.5  # Of a probability, as everywhere in Detectron2.
 
 
+class RunLengths(list):
+    """COCO run lengths ``{"size": [height, width], "counts": bytes}``, one a detection.
+
+    A list that a mask or a vector of indices picks from, as from the tensors in an ``Instances``.
+    """
+
+    def __getitem__(self, item):
+        """Return one for a number; for a slice, (D,) bool or integers, those in a new list."""
+        if isinstance(item, Tensor) and item.dim():
+            rows = item.nonzero().squeeze(1) if item.dtype == torch.bool else item
+            return RunLengths(list.__getitem__(self, row) for row in rows.tolist())
+        picked = super().__getitem__(item)
+        return RunLengths(picked) if isinstance(item, slice) else picked
+
+
 class MasksAsRLE(nn.Module):
     """A detector whose detections carry run lengths: the switch for evaluation.
 
@@ -41,8 +56,8 @@ class MasksAsRLE(nn.Module):
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """Return ``[{"instances": Instances}, ...]`` as in Detectron2, but for the masks.
 
-        Instead of ``pred_masks`` (D, H, W) an ``Instances`` has ``pred_masks_rle``, a list of D
-        COCO run lengths ``{"size": [H, W], "counts": bytes}``.
+        Instead of ``pred_masks`` (D, H, W) an ``Instances`` has ``pred_masks_rle``, D
+        :class:`RunLengths`.
         """
         model = getattr(self.model, "module", self.model)
         has_masks = isinstance(model, GeneralizedRCNN) and getattr(
@@ -71,9 +86,8 @@ def postprocess_with_rle(results: Instances, height: int, width: int) -> Instanc
     probabilities = fields.pop("pred_masks")
     results = Instances(results.image_size, probabilities=probabilities, **fields)
     results = detector_postprocess(results, height, width)  # drops what has become empty
-    results.pred_masks_rle = masks_to_rle(
-        results.probabilities[:, 0], results.pred_boxes.tensor, (height, width)
-    )
+    boxes, probabilities = results.pred_boxes.tensor, results.probabilities[:, 0]
+    results.pred_masks_rle = RunLengths(masks_to_rle(probabilities, boxes, (height, width)))
     results.remove("probabilities")
     return results
 

@@ -18,6 +18,7 @@ from ..rows import nonzero, on_device
 from .box_predictor import REPLACED_KEYS, BalancedFastRCNNOutputLayers, proposal_selection
 from .mask_head import MatchedMasks, foreground_proposals
 from .matching import Objects, match, pad
+from .pooler import with_batched_poolers
 from .proposals import clip
 
 
@@ -123,7 +124,7 @@ class BalancedROIHeads(_BatchedROIHeads, StandardROIHeads):
 
     @configurable
     def __init__(self, *, selection, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(**with_batched_poolers(kwargs))
         self.selection = selection
 
     @classmethod
@@ -144,7 +145,7 @@ class BalancedCascadeROIHeads(_BatchedROIHeads, CascadeROIHeads):
 
     @configurable
     def __init__(self, *, selection, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(**with_batched_poolers(kwargs))
         self.selection = selection
 
     def _forward_box(self, features, proposals, targets=None):

@@ -5,6 +5,7 @@ from .checkpoint import Checkpointer, load_trained
 from .classes import check_model_classes
 from .hooks import KeepFrozenStatistics, LogMonitored
 from .launch import is_first_process, num_processes, start
+from .lazy import LazyTrainer, trainer_of
 from .output import locked, remove_checkpoints
 from .preflight import check_run
 from .trainer import Trainer, print_results, train_only
@@ -12,6 +13,7 @@ from .trainer import Trainer, print_results, train_only
 __all__ = [
     "Checkpointer",
     "KeepFrozenStatistics",
+    "LazyTrainer",
     "LogMonitored",
     "Trainer",
     "check_model_classes",
@@ -25,4 +27,5 @@ __all__ = [
     "remove_checkpoints",
     "start",
     "train_only",
+    "trainer_of",
 ]

@@ -7,7 +7,7 @@ import traceback
 
 from detectron2.data import DatasetCatalog
 
-from ..data.registration import training_statistics
+from ..data.registration import check_masks, training_statistics
 from ..data.training_samplers import TRAINING_SAMPLERS
 from ..errors import InputError
 from ..gradient_figure import PlotGradients
@@ -19,9 +19,9 @@ from .checkpoint import (
     saved_checkpoints,
 )
 from .classes import check_model_classes, check_same_classes
+from .lazy import trainer_of
 from .output import check_output_dir
 from .step import amp_dtype
-from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ def check_run(cfg, eval_only=False, resume=False, num_workers=1):
         check_model_classes(cfg, cfg.DATASETS.TRAIN)
         if cfg.BALANCE.GRADIENT_FIGURE_PERIOD:
             PlotGradients(cfg.BALANCE.GRADIENT_FIGURE_PERIOD, cfg.OUTPUT_DIR)  # for its checks
+    check_masks(cfg, eval_only)
     _check_model(cfg, eval_only, resumes)
 
 
@@ -79,9 +80,9 @@ def _check_model(cfg, eval_only, resumes):
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     try:
-        model = Trainer.build_model(cfg, count=not eval_only)
+        model = trainer_of(cfg).build_model(cfg, count=not eval_only)
         if not eval_only:
-            Trainer.build_optimizer(cfg, model)
+            trainer_of(cfg).build_optimizer(cfg, model)
     except InputError:
         raise
     except Exception as error:  # Detectron2 and torch raise nearly anything for a wrong value

@@ -7,6 +7,7 @@ import weakref
 
 import torch
 from detectron2.engine import DefaultTrainer, defaults, hooks
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from tabulate import tabulate
@@ -16,8 +17,9 @@ from ..criterion import Criterion
 from ..data.loader import TrainLoader, build_test_loader
 from ..data.registration import training_statistics
 from ..detectors.counting import fit_to_training_data
+from ..detectors.masks import MasksAsRLE
 from ..errors import InputError
-from ..evaluation import build_evaluator
+from ..evaluation import BalancedLVISEvaluator, build_evaluator
 from ..gradient_figure import PlotGradients
 from .checkpoint import build_checkpointer, load_weights
 from .classes import check_model_classes
@@ -151,8 +153,21 @@ class Trainer(DefaultTrainer):
         model = GeneralizedRCNNWithTTA(cfg, model)
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
-        results = cls.test(cfg, model, evaluators)
+        results = super().test(cfg, model, evaluators)
         return {f"{name}_TTA": value for name, value in results.items()}
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        """Evaluate on every test set; where all evaluators take them, masks come as run lengths."""
+        if evaluators is None:
+            evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
+        elif isinstance(evaluators, DatasetEvaluator):
+            evaluators = [evaluators]
+        if all(isinstance(evaluator, BalancedLVISEvaluator) for evaluator in evaluators):
+            with_run_lengths = MasksAsRLE(model)
+            with_run_lengths.training = model.training  # what is set again afterwards
+            model = with_run_lengths
+        return super().test(cfg, model, evaluators)
 
     def build_hooks(self):
         """Return Detectron2's hooks and this project's own."""

@@ -7,18 +7,12 @@ a name of this package: a new file needs no other line.
 import importlib
 import pkgutil
 
-from .base import (
-    BOX_LOSSES,
-    CLASSIFICATION_LOSSES,
-    BoxLoss,
-    ClassificationLoss,
-    SigmoidLoss,
-    SigmoidWithBackgroundLoss,
-    SoftmaxLoss,
-)
+from .base import BOX_LOSSES, CLASSIFICATION_LOSSES, BoxLoss, ClassificationLoss
 from .box.balanced_l1 import balanced_l1_loss
 from .gradient_density import GradientDensity
 from .guided import guided_scale
+from .sigmoid import SigmoidLoss, SigmoidWithBackgroundLoss
+from .softmax import SoftmaxLoss
 
 for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
     importlib.import_module(_module.name)

@@ -1,35 +1,27 @@
-"""The contract of classification and box losses, and the families of classification losses.
+"""The contract of classification and box losses.
 
 A loss sees rows and Detectron2's labels: ``0 … K-1`` an object class, ``K`` background, ``-1``
 ignored. It owns its formula, the number of channels it needs and how channels become scores; the
-detector owns the normalizer. One method lives in one file beside this one.
+detector owns the normalizer. One method lives in one file beside this one; most are of the families
+in :mod:`.sigmoid` and :mod:`.softmax`.
 
 R rows, K object classes, C channels (logits) a row; ``(*)`` any leading dimensions.
 """
 
 import functools
-import math
 import operator
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import InputError
-from ..ops import sigmoid_loss
-from ..priors import prior_bias
 from ..registry import Registry
-from ..rows import foreground
+from .statistic import ClassStatistic
 
 CLASSIFICATION_LOSSES = Registry("classification loss")
 BOX_LOSSES = Registry("box loss")
-
-# The gradient of float16 logits is float16, and made before a gradient scaler's factor reaches it.
-# Divided by thousands of rows it would vanish below 6e-8; made this much larger, it does not, and
-# the division follows together with the scaler's factor. A power of two rounds nothing.
-_FLOAT16_SCALE = 2.0**12
 
 
 def upcast(tensor):
@@ -60,6 +52,22 @@ def normalize(total, normalizer):
     return (total * reciprocal(normalizer)).to(total.dtype)
 
 
+class ClassWeights(ClassStatistic):
+    """How many times a row of each class counts.
+
+    Args:
+        num_classes: K.
+        values: (K,), or None for a model that is built to load a checkpoint.
+    """
+
+    name = "class_weight"
+    meaning = "a weight for each class"
+
+    def __init__(self, num_classes: int, values: Sequence[float] | Tensor | None):
+        super().__init__(num_classes, values)
+        self.derive_if_known()
+
+
 class ClassificationLoss(nn.Module):
     """Base class: labelled rows of logits in, one number out.
 
@@ -87,7 +95,7 @@ class ClassificationLoss(nn.Module):
     Attributes:
         num_classes: K, the number of object classes.
         num_logits: C, channels of a row; any number, the detector sizes its last layer by it.
-        class_weight: (K,) buffer, or None, see :meth:`weigh_classes`.
+        class_weight: (K,), or None, see :meth:`weigh_classes`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -106,7 +114,7 @@ class ClassificationLoss(nn.Module):
             raise InputError(f"{type(self).__name__} needs at least one class, not {num_classes}.")
         self.num_classes = num_classes
         self.num_logits = num_logits
-        self.register_buffer("class_weight", None)
+        self.class_weights = None
 
     def weigh_classes(self, class_weight: Tensor | Sequence[float] | None) -> "ClassificationLoss":
         """Let a row of class j count ``class_weight[j]`` times; return the loss itself.
@@ -123,19 +131,16 @@ class ClassificationLoss(nn.Module):
         Raises:
             InputError: for weights of another length, or negative or not finite.
         """
-        if class_weight is None:
-            weight = torch.full((self.num_classes,), torch.nan)
-        else:
-            weight = torch.as_tensor(class_weight, dtype=torch.float32)
-            if weight.shape != (self.num_classes,):
-                raise InputError(
-                    f"class_weight has shape {tuple(weight.shape)}, but there are "
-                    f"{self.num_classes} classes."
-                )
-            if not (weight.isfinite() & (weight >= 0)).all():
-                raise InputError("Class weights must be finite numbers of at least 0.")
-        self.class_weight = weight
+        self.class_weights = ClassWeights(self.num_classes, class_weight)
         return self
+
+    @property
+    def class_weight(self) -> Tensor | None:
+        """The (K,) weights of :meth:`weigh_classes`; None for a loss that weighs all alike."""
+        if self.class_weights is None:
+            return None
+        self.class_weights.check_known()
+        return self.class_weights.values
 
     def forward(
         self,
@@ -237,237 +242,6 @@ class ClassificationLoss(nn.Module):
                 f"{type(self).__name__} got the label {wrong}; labels are -1 (ignored), "
                 f"0 to {self.num_classes - 1} and {self.num_classes} (background)."
             )
-
-
-class SigmoidLoss(ClassificationLoss):
-    """A loss of K independent sigmoids: one pass of :func:`balanced_det.ops.sigmoid_loss` a level.
-
-    A subclass says which weights make it (:meth:`pass_options`); logits are read where they lie,
-    never concatenated.
-    """
-
-    scores_rise_with_logits: ClassVar[bool] = True
-    neutral: ClassVar[dict | None] = {}
-
-    def __init__(self, num_classes: int):
-        super().__init__(num_classes, num_logits=num_classes)
-
-    def pass_options(self, levels: list[tuple[Tensor, Tensor]]) -> dict:
-        """Return the keyword arguments of ``sigmoid_loss`` that make the method."""
-        return {}
-
-    def after_pass(self, gradient_sums: Tensor, scale: float | Tensor) -> None:
-        """Take what a training step's pass has summed, where the options ask for gradient sums.
-
-        Args:
-            gradient_sums: (2, C) float64, of this worker: the sum over rows of |dL/dx| of every
-                channel where y = 1, and where y = 0, before ``scale``.
-            scale: what the loss is multiplied by.
-        """
-
-    def scaled_sum(
-        self, levels: list[tuple[Tensor, Tensor]], scale: float | Tensor, overwrite_logits: bool
-    ) -> Tensor:
-        """Return ``scale`` times the loss summed over rows and channels."""
-        options = dict(self.pass_options(levels), overwrite_logits=overwrite_logits)
-        if self.class_weight is not None:
-            self._add_class_weight(options)
-        is_float16 = any(x.dtype == torch.float16 for x, _ in levels)
-        options["scale"] = self._float16_scale() if is_float16 else scale
-        results = [sigmoid_loss(x, y, **options) for x, y in levels]
-        if options.get("gradient_sums", False):
-            results, sums = zip(*results)
-            if self.training:
-                self.after_pass(add(sums), scale)
-        total = add(results)
-        return (total * (scale / options["scale"])).to(total.dtype) if is_float16 else total
-
-    def _add_class_weight(self, options):
-        # Channels beyond the classes, such as one of background, keep weight 1.
-        weight = F.pad(self.class_weight, (0, self.num_logits - self.num_classes), value=1.0)
-        given = options.get("positive_weight")
-        options["positive_weight"] = weight if given is None else weight * given
-
-    def _float16_scale(self):
-        if self.class_weight is None:
-            return _FLOAT16_SCALE
-        # A weight may be as large as K, and the gradient has to stay below 65,504.
-        return _FLOAT16_SCALE / self.class_weight.max().clamp(min=1)
-
-    @torch.no_grad()
-    def row_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the binary cross entropy of each row summed over its channels; see the base."""
-        # -log(1 - p) for every channel; for the true one -log(p), which is smaller by the logit.
-        x = upcast(logits)
-        true_channel = labels.clamp(0, self.num_logits - 1).long().unsqueeze(-1)
-        has_channel = foreground(labels, self.num_logits)
-        losses = F.softplus(x).sum(dim=-1)
-        losses = losses - x.gather(-1, true_channel).squeeze(-1).where(has_channel, 0.0)
-        return losses.where(labels >= 0, 0.0)
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return sigmoid(logits), (*, K) -> (*, K)."""
-        return upcast(logits).sigmoid()
-
-    def predicted_class(self, logits: Tensor) -> Tensor:
-        """Return the class of the highest logit, or background where none is at least 0."""
-        value, index = logits.max(dim=-1)
-        return index.where(value >= 0, self.num_classes)
-
-    def initial_bias(self, prior_prob: float | None = None) -> Tensor:
-        """Return the (K,) bias whose sigmoid is ``prior_prob``; zeros for None."""
-        bias = 0.0 if prior_prob is None else prior_bias(prior_prob)
-        return torch.full((self.num_logits,), bias)
-
-
-class SigmoidWithBackgroundLoss(SigmoidLoss):
-    """A loss of K + 1 independent sigmoids, the last of which says background.
-
-    Its target is 1 on background rows: for the pass it is one class more, and every row that takes
-    part has a class. An object class scores sigmoid(z_j) (1 - sigmoid(z_background)).
-    """
-
-    scores_rise_with_logits: ClassVar[bool] = False
-
-    def __init__(self, num_classes: int):
-        super().__init__(num_classes)
-        self.num_logits = num_classes + 1
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return sigmoid(z_j) sigmoid(-z_background), (*, K + 1) -> (*, K)."""
-        logits = upcast(logits)
-        return logits[..., :-1].sigmoid() * (-logits[..., -1:]).sigmoid()
-
-    def predicted_class(self, logits: Tensor) -> Tensor:
-        """Return the class of the highest score, or K where background's sigmoid is higher."""
-        background = upcast(logits[..., -1:]).sigmoid()
-        return torch.cat([self.scores(logits), background], dim=-1).argmax(dim=-1)
-
-    def initial_bias(self, prior_prob: float | None = None) -> Tensor:
-        """Return the (K + 1,) bias that scores each class ``prior_prob``; zeros for None.
-
-        Background starts undecided, at one half, so a class starts at twice ``prior_prob``.
-        """
-        bias = torch.zeros(self.num_logits)
-        if prior_prob is not None:
-            if not 0 < prior_prob < 0.5:
-                raise InputError(
-                    f"{type(self).__name__} cannot start a class at probability {prior_prob}: "
-                    "beside a background of one half it must lie between 0 and one half."
-                )
-            bias[:-1] = prior_bias(2 * prior_prob)
-        return bias
-
-
-class SoftmaxLoss(ClassificationLoss):
-    """A loss of one softmax over K + 1 channels, background last."""
-
-    refused_on: ClassVar[dict[str, str]] = {
-        "RPN": "it is a softmax loss; RPN predicts one logit an anchor"
-    }
-    scores_are_a_distribution: ClassVar[bool] = True
-    neutral: ClassVar[dict | None] = {}
-
-    def __init__(self, num_classes: int):
-        super().__init__(num_classes, num_logits=num_classes + 1)
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross entropy of every row, 0 where it is ignored.
-
-        Args:
-            logits: (*, K + 1).
-            labels: (*), long.
-
-        Returns:
-            (R,) for the R rows of (*).
-        """
-        return softmax_cross_entropy(logits, labels)
-
-    def weighted_cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return :meth:`cross_entropy` times the class weight of each row, (R,)."""
-        losses = self.cross_entropy(logits, labels)
-        return losses if self.class_weight is None else losses * self.row_weight(labels)
-
-    def row_weight(self, labels: Tensor) -> Tensor:
-        """Return the class weight of each row's own class, 1 for background, (R,)."""
-        weight = F.pad(self.class_weight, (0, 1), value=1.0)  # (K + 1,)
-        return weight[labels.flatten().clamp(0, self.num_classes).long()]
-
-    def scaled_sum(
-        self, levels: list[tuple[Tensor, Tensor]], scale: float | Tensor, overwrite_logits: bool
-    ) -> Tensor:
-        """Return ``scale`` times the loss summed over rows."""
-        total = add(self.weighted_cross_entropy(x, y).sum() for x, y in levels)
-        return (total * scale).to(total.dtype)
-
-    @torch.no_grad()
-    def row_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross entropy of each row over all its channels; see the base."""
-        # Not a subclass's cross_entropy, which may weigh channels or drop them at random.
-        return softmax_cross_entropy(logits, labels).view(labels.shape)
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return the softmax without its background channel, (*, K + 1) -> (*, K)."""
-        return upcast(logits).softmax(dim=-1)[..., :-1]
-
-    def predicted_class(self, logits: Tensor) -> Tensor:
-        """Return the channel of the highest logit; the last is background."""
-        return logits.argmax(dim=-1)
-
-    def initial_bias(self, prior_prob: float | None = None) -> Tensor:
-        """Return the (K + 1,) bias whose softmax gives each class ``prior_prob``; zeros for None.
-
-        Object classes get 0 and background log((1 - K p) / p), which is why p < 1 / K.
-        """
-        bias = torch.zeros(self.num_logits)
-        if prior_prob is not None:
-            bias[-1] = math.log(background_probability(self, prior_prob) / prior_prob)
-        return bias
-
-
-def softmax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross entropy of the last dimension's softmax, 0 where a row is ignored.
-
-    Args:
-        logits: (*, C), any floating dtype.
-        labels: (*), a channel, or negative where ignored.
-
-    Returns:
-        (R,) float32 at least, for the R rows of (*).
-    """
-    # Overwriting ignored rows, rather than multiplying by zero, keeps an inf in them out of
-    # the gradient. An inf elsewhere would be nan: the ends of float32 say the same.
-    logits = finite(upcast(logits).masked_fill((labels < 0).unsqueeze(-1), 0.0))
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]),
-        labels.reshape(-1).long().clamp(min=-1),
-        ignore_index=-1,
-        reduction="none",
-    )
-
-
-# Half of the largest float32, so that the difference of two is one too.
-_LARGEST = torch.finfo(torch.float32).max / 2
-
-
-def finite(logits: Tensor) -> Tensor:
-    """Return ``logits`` with what lies beyond +-1.7e38 moved there, without gradient; nan stays."""
-    return logits.clamp(-_LARGEST, _LARGEST)
-
-
-def background_probability(loss: ClassificationLoss, prior_prob: float) -> float:
-    """Return 1 - K p, what K classes of probability p each leave to background.
-
-    Raises:
-        InputError: when nothing is left, or p is not positive.
-    """
-    background = 1 - loss.num_classes * prior_prob
-    if prior_prob <= 0 or background <= 0:
-        raise InputError(
-            f"{type(loss).__name__} cannot start {loss.num_classes} classes at probability "
-            f"{prior_prob} each: it must lie between 0 and {1 / loss.num_classes:.3g}."
-        )
-    return background
 
 
 class BoxLoss(nn.Module):

@@ -5,7 +5,8 @@
 With the optimal bias and the guided scale it is the classification loss of arXiv 1909.04868.
 """
 
-from .base import CLASSIFICATION_LOSSES, SigmoidLoss
+from .base import CLASSIFICATION_LOSSES
+from .sigmoid import SigmoidLoss
 
 
 @CLASSIFICATION_LOSSES.register

@@ -3,7 +3,8 @@
 L = sum over rows of -log softmax(z)_y, background being channel K.
 """
 
-from .base import CLASSIFICATION_LOSSES, SoftmaxLoss
+from .base import CLASSIFICATION_LOSSES
+from .softmax import SoftmaxLoss
 
 
 @CLASSIFICATION_LOSSES.register

@@ -7,8 +7,10 @@ On background rows w_j = 1 - T(f_j) (1 - b_j), where b_j is 1 with a probability
 share of the batch's foreground rows: the fewer tail objects a batch has, the less its background
 holds tail classes down. The sum is divided by the number of rows.
 
-The draw is one a class and step, and one for all workers, as is the share that it is made with. A
-batch without foreground rows has share 0.
+The official code (timy90022/DropLoss) draws for every (row, class), on each GPU for itself and with
+its own share. We draw one number a class and step, so that the weights stay a small table, and one
+for all workers; the expected gradient is the same. A batch without foreground rows has share 0
+here; there its share is nan, which drops nothing. The published runs start with a prior of 0.001.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from ..distributed import shared_uniform, sum_over_workers
 from ..rows import foreground
-from .base import CLASSIFICATION_LOSSES, SigmoidLoss, row_labels
+from .base import CLASSIFICATION_LOSSES, row_labels
+from .sigmoid import SigmoidLoss
 from .tail import TailClasses
 
 

@@ -19,7 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import CLASSIFICATION_LOSSES, SigmoidWithBackgroundLoss, finite, upcast
+from .base import CLASSIFICATION_LOSSES, upcast
+from .sigmoid import SigmoidWithBackgroundLoss
+from .softmax import finite
 from .statistic import ClassStatistic
 
 # Background regions an object, as the official code counts them on LVIS.

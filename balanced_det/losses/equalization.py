@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import CLASSIFICATION_LOSSES, SigmoidLoss
+from .base import CLASSIFICATION_LOSSES
+from .sigmoid import SigmoidLoss
 from .tail import TailClasses
 
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .base import CLASSIFICATION_LOSSES, SigmoidWithBackgroundLoss
+from .base import CLASSIFICATION_LOSSES
 from .gradient_ratio import GradientRatio
+from .sigmoid import SigmoidWithBackgroundLoss
 
 
 @CLASSIFICATION_LOSSES.register

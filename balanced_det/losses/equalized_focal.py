@@ -19,8 +19,9 @@ prior of 0.001 and gradients clipped at a norm of 35.
 from torch import Tensor
 
 from ..errors import InputError
-from .base import CLASSIFICATION_LOSSES, SigmoidLoss
+from .base import CLASSIFICATION_LOSSES
 from .gradient_ratio import GradientRatio
+from .sigmoid import SigmoidLoss
 
 
 @CLASSIFICATION_LOSSES.register

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..distributed import shared_uniform, sum_over_workers
 from ..errors import InputError
 from ..rows import foreground
-from .base import CLASSIFICATION_LOSSES, SigmoidLoss, row_labels
+from .base import CLASSIFICATION_LOSSES, row_labels
+from .sigmoid import SigmoidLoss
 from .statistic import ClassStatistic
 
 

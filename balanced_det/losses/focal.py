@@ -9,7 +9,8 @@ published code (Detectron's and fvcore's) computes this formula; so does this on
 from torch import Tensor
 
 from ..errors import InputError
-from .base import CLASSIFICATION_LOSSES, SigmoidLoss
+from .base import CLASSIFICATION_LOSSES
+from .sigmoid import SigmoidLoss
 
 
 @CLASSIFICATION_LOSSES.register

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..ops import gradient_histogram
 from ..rows import foreground
-from .base import CLASSIFICATION_LOSSES, SigmoidLoss, add, row_labels
+from .base import CLASSIFICATION_LOSSES, add, row_labels
 from .gradient_density import SAMPLED_ROWS_WARNING, GradientDensity
+from .sigmoid import SigmoidLoss
 
 
 @CLASSIFICATION_LOSSES.register

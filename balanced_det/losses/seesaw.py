@@ -27,19 +27,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..distributed import sum_over_workers
 from ..errors import InputError
 from ..rows import foreground
-from .base import (
-    CLASSIFICATION_LOSSES,
-    ClassificationLoss,
-    add,
-    background_probability,
-    finite,
-    softmax_cross_entropy,
-    upcast,
-)
+from .base import CLASSIFICATION_LOSSES, ClassificationLoss, add, upcast
+from .softmax import background_probability, finite, softmax_cross_entropy
 
 _LEAST_SCORE = 0.01
 
@@ -81,8 +75,20 @@ class SeesawLoss(ClassificationLoss):
         else:
             counts = self.label_counts + counts
         log_counts = counts.clamp(min=1).log().float()  # (K,)
-        total = add(self._row_losses(x, y, log_counts).sum() for x, y in levels)
+        total = add(self._losses_sum(x, y, log_counts) for x, y in levels)
         return (total * scale).to(total.dtype)
+
+    def _losses_sum(self, logits, labels, log_counts):
+        """Return both cross entropies summed over the rows of a level."""
+        classes, class_label, objectness, is_object = self._parts(logits, labels)
+        if classes.device.type == "cpu":  # where nobody waits for their number, objects alone
+            rows = (class_label >= 0).nonzero().squeeze(1)
+            classes, class_label = classes[rows], class_label[rows]
+        raised = classes + self.margins(classes.detach(), class_label, log_counts)
+        losses = F.cross_entropy(raised, class_label, ignore_index=-1, reduction="none")
+        if self.class_weight is not None:
+            losses = losses * self.class_weight[class_label.clamp(min=0)]
+        return losses.sum() + softmax_cross_entropy(objectness, is_object).sum()
 
     def _count(self, labels):
         labels = labels.flatten().long()
@@ -91,25 +97,25 @@ class SeesawLoss(ClassificationLoss):
         # Whole numbers in float64: exact in any order.
         return counts.index_add_(0, index, torch.ones_like(index, dtype=counts.dtype))[:-1]
 
-    def _row_losses(self, logits, labels, log_counts=None):
-        """Return both cross entropies of each row, (R,); with ``log_counts``, the method's."""
-        logits, labels = logits.reshape(-1, self.num_logits), labels.flatten()
+    def _parts(self, logits, labels):
+        """Return the class logits and the class of each row, and the same of objectness.
+
+        (R, K), finite; (R,), -1 where the row is no object; (R, 2); and (R,), 0 an object, 1
+        background, -1 ignored.
+        """
+        logits, labels = logits.reshape(-1, self.num_logits), labels.flatten().long()
         classes, objectness = logits.split([self.num_classes, 2], dim=-1)
         is_foreground = foreground(labels, self.num_classes)
-        is_object = torch.where(labels >= 0, (~is_foreground).long(), -1)
-        label = labels.where(is_foreground, -1)
+        class_label = labels.where(is_foreground, -1)
+        is_object = (~is_foreground).long().where(labels >= 0, -1)
+        # As in softmax_cross_entropy.
         classes = finite(upcast(classes).masked_fill(~is_foreground.unsqueeze(-1), 0.0))
-        if log_counts is not None:
-            classes = classes + self.margins(classes.detach(), label, log_counts)
-        losses = softmax_cross_entropy(classes, label)
-        if log_counts is not None and self.class_weight is not None:
-            losses = losses * self.class_weight[label.clamp(min=0).long()]
-        return losses + softmax_cross_entropy(objectness, is_object)
+        return classes, class_label, objectness, is_object
 
     @torch.no_grad()
     def margins(self, logits: Tensor, labels: Tensor, log_counts: Tensor) -> Tensor:
         """Return log(M_ij C_ij) for rows (R, K) of the classes (R,); of no meaning where < 0."""
-        own = labels.clamp(min=0).long().unsqueeze(-1)  # (R, 1)
+        own = labels.clamp(min=0).unsqueeze(-1)  # (R, 1)
         log_scores = logits.log_softmax(dim=-1)
         own_score = log_scores.gather(1, own).clamp_(min=math.log(_LEAST_SCORE))
         compensation = log_scores.sub_(own_score).clamp_(min=0)
@@ -119,7 +125,9 @@ class SeesawLoss(ClassificationLoss):
     @torch.no_grad()
     def row_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the cross entropies of objectness and, of an object, its class; see the base."""
-        return self._row_losses(logits, labels).view(labels.shape)
+        classes, class_label, objectness, is_object = self._parts(logits, labels)
+        losses = softmax_cross_entropy(classes, class_label)
+        return (losses + softmax_cross_entropy(objectness, is_object)).view(labels.shape)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return the class's softmax times that of foreground, (*, K + 2) -> (*, K)."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import CLASSIFICATION_LOSSES, SoftmaxLoss
+from .base import CLASSIFICATION_LOSSES
+from .softmax import SoftmaxLoss
 from .tail import TailClasses
 
 

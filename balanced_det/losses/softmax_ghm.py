@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..rows import foreground
-from .base import CLASSIFICATION_LOSSES, SoftmaxLoss, row_labels
+from .base import CLASSIFICATION_LOSSES, row_labels
 from .gradient_density import SAMPLED_ROWS_WARNING, GradientDensity
+from .softmax import SoftmaxLoss
 
 
 @CLASSIFICATION_LOSSES.register

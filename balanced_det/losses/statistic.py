@@ -67,8 +67,7 @@ class ClassStatistic(nn.Module):
         """Raise an InputError while the values are unknown."""
         if not self._known:
             raise InputError(
-                f"The loss needs {self.name} to train: give {self.meaning}, or load a checkpoint "
-                "that has it."
+                f"{self.name} is unknown: give {self.meaning}, or load a checkpoint that has it."
             )
 
     @staticmethod

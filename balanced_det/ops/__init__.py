@@ -6,12 +6,12 @@ A detector's logits are the largest tensor of a training step: RetinaNet with 1,
 
 .. math::
     L = s \sum_{r:\, label_r \ge 0} \sum_k
-        w_{rk}\, \alpha_{rk}\, g_{rk}^\gamma\, \mathrm{BCE}(x_{rk}, y_{rk}), \qquad
+        w_{rk}\, \alpha_{rk}\, g_{rk}^{\gamma_k}\, \mathrm{BCE}(x_{rk}, y_{rk}), \qquad
     y_{rk} = [label_r = k], \qquad g_{rk} = |\sigma(x_{rk}) - y_{rk}|
 
-with different small tables for w. It reads each logit once and writes each gradient once; nothing
-else of the logits' size is allocated. EQLv2 (arXiv 2012.08548) and EFL (arXiv 2201.02593) weigh
-classes by the gradient they have had; the same read sums it.
+with different small tables for w and gamma. It reads each logit once and writes each gradient once;
+nothing else of the logits' size is allocated. EQLv2 (arXiv 2012.08548) and EFL (arXiv 2201.02593)
+weigh classes by the gradient they have had; the same read sums it.
 
 Two implementations share one meaning: plain torch (:mod:`.reference`) and Triton kernels
 (:mod:`.triton_kernels`); :mod:`.choice` says which serves a call. :mod:`.nms` suppresses the

@@ -182,30 +182,31 @@ def keep_sorted(boxes, groups, iou_threshold, valid, max_group_size):
     depth = min((max_group_size + _BLOCK - 2) // _BLOCK + 1, blocks)
     words = torch.empty(blocks * depth * _BLOCK, dtype=torch.int64, device=device)
     kept = torch.empty(num_rows, dtype=torch.int8, device=device)
-    _overlap_kernel[(blocks, depth)](
-        boxes.contiguous(),
-        groups,
-        words,
-        num_rows,
-        _float32_threshold(iou_threshold, device),
-        depth,
-        FUSED=boxes.is_cuda,
-        BLOCK=_BLOCK,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
-    )
-    _sweep_kernel[(blocks,)](
-        groups,
-        words,
-        kept if valid is None else valid.view(torch.int8),
-        kept,
-        num_rows,
-        depth,
-        HAS_VALID=valid is not None,
-        PULL=_PULL,
-        BLOCK=_BLOCK,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(boxes):  # Triton launches on the current device
+        _overlap_kernel[(blocks, depth)](
+            boxes.contiguous(),
+            groups,
+            words,
+            num_rows,
+            _float32_threshold(iou_threshold, device),
+            depth,
+            FUSED=boxes.is_cuda,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,
+        )
+        _sweep_kernel[(blocks,)](
+            groups,
+            words,
+            kept if valid is None else valid.view(torch.int8),
+            kept,
+            num_rows,
+            depth,
+            HAS_VALID=valid is not None,
+            PULL=_PULL,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
+        )
     return kept.view(torch.bool)
 
 

@@ -91,8 +91,9 @@ def loss_and_gradient(
             slope.scatter_(-1, position, torch.where(is_positive, -positive_slope, old))
         if sums is not None:
             rows = slope.reshape(-1, slope.shape[-1])
-            sums[0, classes] -= rows.clamp(max=0).sum(0, dtype=torch.float64)
-            sums[1, classes] += rows.clamp(min=0).sum(0, dtype=torch.float64)
+            # Within a piece in the arithmetic's precision, which numbers of one sign do not harm.
+            sums[0, classes] -= rows.clamp(max=0).sum(0)
+            sums[1, classes] += rows.clamp(min=0).sum(0)
         if gradient is not None:
             gradient[index] = slope if isinstance(scale, float) and scale == 1 else slope * scale
     return (total * scale).to(dtype)

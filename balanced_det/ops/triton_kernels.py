@@ -32,6 +32,9 @@ from .layout import is_dense, memory_order
 _BLOCK = 1024
 _WARPS = 4
 _HISTOGRAM_WARPS = 8
+# With the sums of its lanes a program needs more registers: 40 a thread with 4 elements each, which
+# leaves room for 48 warps side by side; 79 and 24 warps with 8.
+_SUMS_BLOCK = 512
 _THREADS_PER_MULTIPROCESSOR = 2048  # The kernels that loop start as many programs as fill it.
 # Up to here, 32-bit element numbers cannot overflow, also where a loop steps past the end by one
 # block of every program that runs at a time (2,112 on an H200).
@@ -282,7 +285,8 @@ def _sums_kernel(
         lane = lane.to(tl.int64)
     rows = numel // K
     if ROW_MAJOR:
-        first = _start(WIDE, BLOCK) + lane
+        start = _start(WIDE, BLOCK)
+        first = start + lane
         row = first // K if WIDE else _divide(first, k_mul, k_shift)
         k = (first - row * K).to(tl.int32)
         step = tl.cast(programs, lane.dtype) * BLOCK // K
@@ -310,10 +314,13 @@ def _sums_kernel(
     negative_sum = tl.zeros((BLOCK,), tl.float32)
     # The last step may lie outside for some lanes.
     for _ in range(0, tl.cdiv(rows, step)):
-        inside = row < rows
         if ROW_MAJOR:
-            element = row * K + k
+            # Counted without rows, so that the compiler sees one contiguous block.
+            element = start + lane
+            inside = element < numel
+            start += programs * BLOCK
         else:
+            inside = row < rows
             outer = row // inner if WIDE else _divide(row, i_mul, i_shift)
             element = row + (outer * (K - 1) + k) * inner
         at = element
@@ -481,25 +488,25 @@ def loss_and_gradient(
 
 def _loss_and_sums(logits, labels, gradient, sums, arguments, options):
     numel, num_classes = logits.numel(), logits.shape[-1]
-    blocks = triton.cdiv(numel, _BLOCK)
     wanted = 2 * _capacity(logits.device, _WARPS)  # Two rounds, so that no program waits long.
     if options["ROW_MAJOR"]:
-        # Of programs that step on together, BLOCK elements each, a multiple of K elements.
-        unit = num_classes // math.gcd(num_classes, _BLOCK)
-        programs = min(blocks, triton.cdiv(wanted, unit) * unit)
-        partial_sums = torch.empty(
-            (2, programs * _BLOCK), dtype=torch.float32, device=logits.device
-        )
+        # So many programs, or a multiple, take a multiple of K elements in a step.
+        unit = num_classes // math.gcd(num_classes, _SUMS_BLOCK)
+        programs = min(triton.cdiv(numel, _SUMS_BLOCK), triton.cdiv(wanted, unit) * unit)
+        lanes = programs * _SUMS_BLOCK
     else:
-        chunks = min(triton.cdiv(numel // num_classes, _BLOCK), triton.cdiv(wanted, num_classes))
-        programs = num_classes * chunks
-        partial_sums = torch.empty((2, programs), dtype=torch.float32, device=logits.device)
+        chunks = triton.cdiv(numel // num_classes, _SUMS_BLOCK)
+        lanes = programs = num_classes * min(chunks, triton.cdiv(wanted, num_classes))
+    options = dict(options, BLOCK=_SUMS_BLOCK)
+    # The last step counts elements beyond the end.
+    options["WIDE"] |= numel + programs * _SUMS_BLOCK >= 1 << 31
     partial = torch.empty(programs, dtype=torch.float32, device=logits.device)
+    partial_sums = torch.empty((2, lanes), dtype=torch.float32, device=logits.device)
     with _current_device(logits):
         _sums_kernel[(programs,)](
             logits, labels, gradient, partial, partial_sums, *arguments, **options
         )
-    missing = -partial_sums.shape[1] % num_classes
+    missing = -lanes % num_classes
     if missing:  # Few logits, which no second step followed.
         partial_sums = F.pad(partial_sums, (0, missing))
     sums += partial_sums.view(2, -1, num_classes).sum(dim=1, dtype=torch.float64)

@@ -1,0 +1,280 @@
+#!/usr/bin/env python
+"""Time of inference, ours beside Detectron2's own detector with the same weights, in one run.
+
+    python benchmarks/bench_inference.py [--device cuda|cpu] [--out FILE] [--only retinanet]
+
+One random image (800 x 1216 on CUDA) and 1,203 classes. Weights are random; the last layer is
+scaled so that its logits spread as a trained one's do, around a probability of 1/3000. Ours and
+Detectron2's take turns; a time is the median over calls, each waited for.
+
+Detectron2's region head takes the sigmoid of bfloat16 logits in bfloat16, ours in float32. So that
+both rank the same scores, it is given float32 ones here. Detections are compared before they are
+timed, in float32, with Detectron2's NMS set to suppress one class at a time: its other way shifts
+boxes, which rounds them. A difference ends the run with an error, after the results are written.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import paste_masks_in_image
+from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from pycocotools import mask as coco_mask
+from timing import milliseconds
+from torchvision.ops import boxes as box_ops
+
+import balanced_det.detectors  # noqa: F401  (registers them)
+from balanced_det.config import add_balanced_det_config
+from balanced_det.detectors.masks import MasksAsRLE, masks_to_rle
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NUM_CLASSES = 1203
+LOGIT_MEAN, LOGIT_STD = -8.0, 1.5
+
+MASK_RCNN = [
+    *("MODEL.MASK_ON", True, "MODEL.ROI_HEADS.NUM_CLASSES", NUM_CLASSES),
+    *("BALANCE.ROI_HEADS.CLASSIFICATION_LOSS", "EqualizationLoss"),
+]
+STOCK_RCNN = [
+    *("MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+    *("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True),
+]
+RETINANET = ["MODEL.RETINANET.NUM_CLASSES", NUM_CLASSES]
+STOCK_RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
+RCNN_THRESHOLD = "MODEL.ROI_HEADS.SCORE_THRESH_TEST"
+RETINANET_THRESHOLD = "MODEL.RETINANET.SCORE_THRESH_TEST"
+
+# name: (config, our keys, keys that make it Detectron2's own detector)
+DETECTORS = {
+    "Mask R-CNN R-50 with EQL, threshold 1e-4": (
+        "Base-RCNN-FPN.yaml",
+        [*MASK_RCNN, RCNN_THRESHOLD, 1e-4],
+        STOCK_RCNN,
+    ),
+    "Mask R-CNN R-50 with EQL, threshold 0": (
+        "Base-RCNN-FPN.yaml",
+        [*MASK_RCNN, RCNN_THRESHOLD, 0.0],
+        STOCK_RCNN,
+    ),
+    "RetinaNet R-50, threshold 0.05": (
+        "Base-RetinaNet.yaml",
+        [*RETINANET, RETINANET_THRESHOLD, 0.05],
+        STOCK_RETINANET,
+    ),
+    "RetinaNet R-50, threshold 1e-4": (
+        "Base-RetinaNet.yaml",
+        [*RETINANET, RETINANET_THRESHOLD, 1e-4],
+        STOCK_RETINANET,
+    ),
+}
+
+
+def build(config, device, *options):
+    """Return a detector in evaluation mode."""
+    cfg = get_cfg()
+    add_balanced_det_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / config), allow_unsafe=False)
+    cfg.MODEL.DEVICE = device
+    cfg.TEST.DETECTIONS_PER_IMAGE = 300
+    cfg.BALANCE.COUNT = False
+    for keys in options:
+        cfg.merge_from_list(keys)
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    for name, module in model.named_modules():
+        if name.endswith("conv3.norm"):
+            # Untrained, frozen batch normalization lets activations grow from block to block.
+            module.weight.fill_(0.1)
+    return model
+
+
+def pair(config, device, own, stock, inputs):
+    """Return {"ours": model, "Detectron2": model} with the same weights."""
+    ours, theirs = build(config, device, own), build(config, device, own, stock)
+    _spread_logits(ours, inputs)
+    state = ours.state_dict()
+    for name, own_weight in theirs.state_dict().items():
+        if own_weight.shape[0:1] != state[name].shape[0:1]:
+            # A row for background, which Detectron2 has with sigmoids too, and drops.
+            state[name] = torch.cat([state[name], torch.zeros_like(state[name][:1])])
+    missing, _ = theirs.load_state_dict(state, strict=False)
+    assert not missing, missing
+    return {"ours": ours, "Detectron2": theirs}
+
+
+def _spread_logits(model, inputs):
+    """Scale the last classification layer to logits of the mean and spread of a trained one."""
+    seen = []
+    head = model.roi_heads.box_predictor if hasattr(model, "roi_heads") else model.head
+    hook = head.cls_score.register_forward_hook(lambda module, _, output: seen.append(output))
+    head.cls_score.bias.data.zero_()
+    detections(model, inputs)
+    hook.remove()
+    logits = torch.cat([x.flatten() for x in seen])
+    scale = LOGIT_STD / logits.std()
+    head.cls_score.weight.data.mul_(scale)
+    head.cls_score.bias.data.fill_(LOGIT_MEAN - scale * logits.mean())
+
+
+def detections(model, inputs):
+    """Return the ``Instances`` of each image, masks as probabilities in their boxes."""
+    if hasattr(model, "roi_heads"):
+        return model.inference(inputs, do_postprocess=False)
+    return [output["instances"] for output in model(inputs)]
+
+
+def encoded(model, inputs):
+    """Return detections with run lengths as Detectron2's evaluators make them."""
+    outputs = model(inputs)
+    for output in outputs:
+        output["rle"] = _encode(output["instances"].pred_masks)
+    return outputs
+
+
+def _encode(masks):
+    return [coco_mask.encode(np.asfortranarray(m, dtype=np.uint8)) for m in masks.cpu().numpy()]
+
+
+def difference(ours, theirs):
+    """Return a sentence that says where detections differ, None where they do not."""
+    for a, b in zip(ours, theirs, strict=True):
+        if len(a) != len(b):
+            return f"{len(a)} detections and {len(b)}"
+        if not torch.equal(a.pred_classes, b.pred_classes):
+            count = (a.pred_classes != b.pred_classes).sum()
+            return f"{count} of {len(a)} detections have another class"
+        # The last bits of convolutions that may run in another order.
+        for name, x, y, limit in [
+            ("scores", a.scores, b.scores, 1e-6),
+            ("boxes", a.pred_boxes.tensor, b.pred_boxes.tensor, 1e-2),
+        ]:
+            largest = (x - y).abs().max().item() if len(a) else 0
+            if largest > limit:
+                return f"{name} differ by up to {largest:.2g}"
+    return None
+
+
+def turns(sides, device, args):
+    """Return {side: median milliseconds}; ``sides`` are functions that take turns."""
+    times = {side: [] for side in sides}
+    for _ in range(args.rounds):
+        for side, function in sides.items():
+            times[side].append(milliseconds(function, device, args.repeats))
+    return {side: statistics.median(values) for side, values in times.items()}
+
+
+def _calls(models, function, inputs, amp, device):
+    def call(model):
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            return function(model, inputs)
+
+    return {side: lambda model=model: call(model) for side, model in models.items()}
+
+
+def measure_detector(name, inputs, args):
+    """Yield one result a kind of arithmetic: detections, and run lengths where there are masks."""
+    config, own, stock = DETECTORS[name]
+    models = pair(config, args.device, own, stock, inputs)
+    with mock.patch.object(box_ops, "_batched_nms_coordinate_trick", box_ops._batched_nms_vanilla):
+        found = {side: detections(model, inputs) for side, model in models.items()}
+    same = {"detections": len(found["ours"][0]), "difference": difference(*found.values())}
+    for amp in (False, True):
+        row = {"what": name, "arithmetic": "bf16 autocast" if amp else "float32", **same}
+        calls = _calls(models, detections, inputs, amp, args.device)
+        yield {**row, **turns(calls, args.device, args)}
+    if hasattr(models["ours"], "roi_heads"):
+        ours = _calls({"ours": MasksAsRLE(models["ours"]).eval()}, _call, inputs, True, args.device)
+        theirs = _calls({"Detectron2": models["Detectron2"]}, encoded, inputs, True, args.device)
+        row["what"] += ", with run lengths"
+        yield {**row, **turns({**ours, **theirs}, args.device, args)}
+
+
+def _call(model, inputs):
+    return model(inputs)
+
+
+def measure_masks(size, args):
+    """Return the result of turning 300 masks of an image into run lengths."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = size
+    coarse = 6 * torch.randn(args.masks, 1, 6, 6, generator=generator)
+    masks = torch.nn.functional.interpolate(coarse, size=(28, 28), mode="bilinear").sigmoid()[:, 0]
+    # Sides of 10 pixels to half the image, more of the small ones.
+    extent = torch.rand(args.masks, 2, generator=generator) ** 2
+    extent = 10 + extent * (torch.tensor([width, height]) / 2 - 10)
+    corner = torch.rand(args.masks, 2, generator=generator)
+    corner = corner * (torch.tensor([width, height]) - extent)
+    masks, boxes = (x.to(args.device) for x in (masks, torch.cat([corner, corner + extent], 1)))
+    sides = {
+        "ours": lambda: masks_to_rle(masks, boxes, size),
+        "Detectron2": lambda: _encode(paste_masks_in_image(masks, boxes, size)),
+    }
+    same = sides["ours"]() == sides["Detectron2"]()
+    return {
+        "what": f"{args.masks} masks to run lengths",
+        "arithmetic": "float32",
+        "detections": args.masks,
+        "difference": None if same else "other run lengths",
+        **turns(sides, args.device, args),
+    }
+
+
+def _float32_scores(self, predictions, proposals):
+    return predictions[0].float().sigmoid().split([len(p) for p in proposals])
+
+
+@torch.no_grad()
+def main():
+    """Measure, print a Markdown table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="part of what is measured, by name")
+    parser.add_argument("--repeats", type=int, default=7, help="calls a turn")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each")
+    parser.add_argument("--size", type=int, nargs=2, help="height and width of the image")
+    parser.add_argument("--masks", type=int, default=300)
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    args = parser.parse_args()
+    size = tuple(args.size or ((800, 1216) if args.device == "cuda" else (192, 256)))
+    image = 255 * torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    inputs = [{"image": image.to(args.device), "height": size[0], "width": size[1]}]
+
+    rows = []
+    with mock.patch.object(FastRCNNOutputLayers, "predict_probs", _float32_scores):
+        for name in DETECTORS:
+            if args.only.lower() in name.lower():
+                for row in measure_detector(name, inputs, args):
+                    rows.append(row)
+                    print(row, flush=True)
+    if args.only.lower() in "masks to run lengths":
+        rows.append(measure_masks(size, args))
+    print(_table(rows))
+    if args.out:
+        device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+        args.out.write_text(json.dumps({"device": device, "image": size, "rows": rows}, indent=1))
+    if any(row["difference"] for row in rows):
+        sys.exit("Detections differ, see the table.")
+
+
+def _table(rows):
+    lines = [
+        "| one image | arithmetic | ours | Detectron2 | ratio | same |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ours, theirs = row["ours"], row["Detectron2"]
+        cells = [row["what"], row["arithmetic"], f"{ours:.1f} ms", f"{theirs:.1f} ms"]
+        cells += [f"{ours / theirs:.2f}", row["difference"] or f"all {row['detections']}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
