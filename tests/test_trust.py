@@ -20,6 +20,7 @@ from torch import nn
 
 from balanced_det.data import shapes
 from balanced_det.data.loader import TrainLoader
+from balanced_det.data.registration import load_detections
 from balanced_det.engine import Trainer, check_run, load_config, locked
 from balanced_det.engine.checkpoint import (
     Checkpointer,
@@ -486,6 +487,18 @@ def test_order_is_detectron2s_and_any_batch_can_be_the_first(data, tmp_path, sam
     assert [image["image_id"] for image in again] == [image["image_id"] for image in batches[13]]
     for image, expected in zip(again, batches[13]):
         assert torch.equal(image["image"], expected["image"])
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/secret.jpg", "a/../../secret.jpg"])
+def test_file_name_that_leaves_the_image_root_is_refused_unless_told(data, tmp_path, name):
+    content = json.loads(data.train_json.read_text())
+    content["images"][0].update(file_name=name, coco_url="")
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="leaves the image root: BALANCE.IMAGES_ANYWHERE"):
+        load_detections(path, data.image_root)
+    with pytest.raises(InputError, match="1 of the .* are missing"):  # looked for, at least
+        load_detections(path, data.image_root, images_anywhere=True)
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
