@@ -60,6 +60,8 @@ def main(args):
         model = trainer_of(cfg).build_model(cfg, count=False)
         load_trained(model, cfg, args.resume)
         results = trainer_of(cfg).test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results = {**results, **trainer_of(cfg).test_with_augmentation(cfg, model)}
     else:
         trainer = trainer_of(cfg)(cfg)
         trainer.resume_or_load(resume=args.resume)

@@ -140,7 +140,35 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
     box_losses = [
         _build_method(cfg, part, "BOX_LOSS", name) for name in method_names(node.BOX_LOSS)
     ]
-    return Criterion(loss, box_losses, calibration=calibration, **options)
+    criterion = Criterion(loss, box_losses, calibration=calibration, **options)
+    if part.counts_rows and _counts.get():
+        _warn_unless_counted(criterion, part, node)
+    return criterion
+
+
+def _warn_unless_counted(criterion: Criterion, part: Part, node):
+    """Let the first training step say so when nobody counted the rows that ``node`` asks for.
+
+    This project's trainer calls :func:`balanced_det.detectors.counting.fit_to_training_data`, which
+    sets ``rows_are_counted``; another project's may not know of it.
+    """
+    keys = [f"BALANCE.{part.name}.OPTIMAL_PRIOR"] if node.OPTIMAL_PRIOR else []
+    if node.get("SCORE_THRESHOLD", "FixedThreshold") != "FixedThreshold":
+        keys.append(f"BALANCE.{part.name}.SCORE_THRESHOLD")
+    criterion.rows_are_counted = False
+    if keys:
+        criterion.register_forward_pre_hook(functools.partial(_warn_once, keys))
+
+
+def _warn_once(keys, criterion, _inputs):
+    if criterion.training and not criterion.rows_are_counted:
+        logger.warning(
+            "%s: the rows of the training set were not counted for this training, so this has no "
+            "effect unless the weights that were loaded bring it: call "
+            "balanced_det.detectors.counting.fit_to_training_data(model, cfg) before it.",
+            " and ".join(keys),
+        )
+        criterion.rows_are_counted = True
 
 
 def initial_prior(cfg, part) -> float | None:

@@ -14,7 +14,7 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 from distributed import run_workers
-from models import FASTER, FCOS, NUM_CLASSES, RETINANET, config
+from models import FASTER, FCOS, NUM_CLASSES, RETINANET, batch, config
 from PIL import Image
 from records import make_records, register
 
@@ -214,3 +214,17 @@ def test_one_worker_counts_for_all():
     first, second = run_workers(fit_worker)
     assert torch.equal(first, second)
     assert not torch.allclose(first, torch.tensor(prior_bias(0.01)))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@each_detector
+def test_detector_that_nobody_counted_says_so_once(name, counted, caplog):
+    cfg, model, _ = build(name, {"DATASETS.TRAIN": (register(make_records(3)),)})
+    if counted:
+        fit_to_training_data(model, cfg)
+    with EventStorage(), caplog.at_level(logging.WARNING, "balanced_det.build"):
+        for _ in range(2):
+            model.train()(batch())
+    said = [r.message for r in caplog.records if "were not counted" in r.message]
+    assert len(said) == (not counted)
+    assert all(f"BALANCE.{'RPN' if name == 'rpn' else 'DENSE'}.OPTIMAL_PRIOR" in m for m in said)

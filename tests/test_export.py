@@ -6,9 +6,8 @@ from detectron2.export import TracingAdapter
 from detectron2.export.torchscript_patch import patch_builtin_len
 from detectron2.modeling import build_model
 from detectron2.utils.testing import assert_instances_allclose
+from models import DETECTORS, batch, config
 from torch.nn import functional as F
-
-from .models import DETECTORS, batch, config
 
 # Nearly all boxes are detections, so that a number that tracing fixed shows in what comes out.
 LOW = {

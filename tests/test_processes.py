@@ -151,7 +151,7 @@ ENDINGS = {
 def test_every_process_ends_when_one_is_told_to(data, tmp_path, ending):
     end, message = ENDINGS[ending]
     out = tmp_path / "out"
-    changes = {**ENDLESS, "SOLVER.CHECKPOINT_PERIOD": 1}
+    changes = {**ENDLESS, "SOLVER.CHECKPOINT_PERIOD": 10}
     arguments = command(data, out, "--num-gpus", "2", "--dist-url", "auto", **changes)
     process = Run(arguments, tmp_path)
     try:

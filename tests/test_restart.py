@@ -40,7 +40,7 @@ DETECTORS = {
             "MODEL.RETINANET.NUM_CLASSES": CLASSES,
             "BALANCE.DENSE.CLASSIFICATION_LOSS": "GHMClassificationLoss",
             "BALANCE.DENSE.BOX_LOSS": "GHMRegressionLoss",
-            "BALANCE.DENSE.SCORE_THRESHOLD": "class_adaptive",
+            "BALANCE.DENSE.SCORE_THRESHOLD": "ClassAdaptiveThreshold",
         },
     ),
     "two_stage": (
@@ -51,7 +51,7 @@ DETECTORS = {
             "BALANCE.RPN.CLASSIFICATION_LOSS": "GHMClassificationLoss",
             "BALANCE.ROI_HEADS.CLASSIFICATION_LOSS": "SoftmaxEqualizationLoss",
             "BALANCE.ROI_HEADS.SAMPLER": "IoUBalancedSampler",
-            "BALANCE.ROI_HEADS.SCORE_THRESHOLD": "class_adaptive",
+            "BALANCE.ROI_HEADS.SCORE_THRESHOLD": "ClassAdaptiveThreshold",
             "BALANCE.SoftmaxEqualizationLoss.TAIL_SHARE": 0.5,
         },
     ),

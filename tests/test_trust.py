@@ -20,6 +20,7 @@ from torch import nn
 
 from balanced_det.data import shapes
 from balanced_det.data.loader import TrainLoader
+from balanced_det.data.registration import load_detections
 from balanced_det.engine import Trainer, check_run, load_config, locked
 from balanced_det.engine.checkpoint import (
     Checkpointer,
@@ -90,7 +91,7 @@ def altered(trained, folder, change):
 
 
 def test_statistics_are_all_buffers_of_losses_and_thresholds(data, tmp_path):
-    cfg = config(data, tmp_path, BALANCE__ROI_HEADS__SCORE_THRESHOLD="class_adaptive")
+    cfg = config(data, tmp_path, BALANCE__ROI_HEADS__SCORE_THRESHOLD="ClassAdaptiveThreshold")
     names = statistics_names(Trainer.build_model(cfg))
     assert FREQUENCY in names
     assert any(name.endswith("row_counts") for name in names)
@@ -486,6 +487,116 @@ def test_order_is_detectron2s_and_any_batch_can_be_the_first(data, tmp_path, sam
     assert [image["image_id"] for image in again] == [image["image_id"] for image in batches[13]]
     for image, expected in zip(again, batches[13]):
         assert torch.equal(image["image"], expected["image"])
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/secret.jpg", "a/../../secret.jpg"])
+def test_file_name_that_leaves_the_image_root_is_refused_unless_told(data, tmp_path, name):
+    content = json.loads(data.train_json.read_text())
+    content["images"][0].update(file_name=name, coco_url="")
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="leaves the image root: BALANCE.IMAGES_ANYWHERE"):
+        load_detections(path, data.image_root)
+    with pytest.raises(InputError, match="1 of the .* are missing"):  # looked for, at least
+        load_detections(path, data.image_root, images_anywhere=True)
+
+
+# --- Tasks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL__KEYPOINT_ON", True),
+        ("MODEL__LOAD_PROPOSALS", True),
+        ("MODEL__META_ARCHITECTURE", "ProposalNetwork"),
+        ("MODEL__META_ARCHITECTURE", "PanopticFPN"),
+        ("MODEL__PROPOSAL_GENERATOR__NAME", "RRPN"),
+        ("MODEL__ROI_HEADS__NAME", "RROIHeads"),
+        ("MODEL__ANCHOR_GENERATOR__NAME", "RotatedAnchorGenerator"),
+    ],
+)
+def test_task_that_is_not_served_is_refused(data, tmp_path, key, value):
+    with pytest.raises(InputError, match=f"^{key.replace('__', '.')} is .*cannot be trained here"):
+        check_run(config(data, tmp_path / "out", **{key: value}))
+
+
+@pytest.mark.slow
+def test_augmentation_at_test_time_is_served_as_detectron2_does(data, trained, tmp_path):
+    cfg = config(
+        data,
+        tmp_path / "out",
+        MODEL__WEIGHTS=str(trained / "model_final.pth"),
+        MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0,
+        TEST__AUG__ENABLED=True,
+        TEST__AUG__MIN_SIZES=(64, 80),
+        TEST__AUG__MAX_SIZE=100,
+        SOLVER__MAX_ITER=1,
+    )
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    results = trainer.train()
+    assert {"bbox", "bbox_TTA"} <= results.keys()
+    assert np.isfinite(results["bbox_TTA"]["AP"])
+
+
+def test_augmentation_at_test_time_is_refused_where_detectron2_has_none(data, tmp_path):
+    cfg = config(data, tmp_path / "out", MODEL__META_ARCHITECTURE="BalancedRetinaNet")
+    cfg.TEST.AUG.ENABLED = True
+    with pytest.raises(InputError, match="TEST.AUG.ENABLED"):
+        check_run(cfg)
+
+
+# --- Mixed precision, accumulation ----------------------------------------------------------------
+
+
+def test_float16_on_a_cpu_is_refused_and_bfloat16_trains(data, tmp_path):
+    cfg = config(data, tmp_path / "out", SOLVER__AMP__ENABLED=True)
+    with pytest.raises(InputError, match="BALANCE.AMP_DTYPE to 'bfloat16'"):
+        check_run(cfg)
+    cfg.BALANCE.AMP_DTYPE = "bfloat16"
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    types = []
+    layer = trainer.model.roi_heads.box_predictor.cls_score
+    layer.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    trainer.train()
+    assert torch.bfloat16 in types
+
+
+def test_accumulated_batches_have_the_gradient_of_their_mean(data, tmp_path):
+    """Without sampling and batch statistics, two batches of one image are as one of two."""
+    gradients = {}
+    for name, size, steps in (("one", 2, 1), ("two", 1, 2)):
+        cfg = config(
+            data,
+            tmp_path / name,
+            SOLVER__IMS_PER_BATCH=size,
+            BALANCE__ACCUMULATE_STEPS=steps,
+            SOLVER__MAX_ITER=1,
+            DATALOADER__ASPECT_RATIO_GROUPING=False,
+            DATASETS__TEST=(),
+            MODEL__RESNETS__NORM="FrozenBN",
+            MODEL__FPN__NORM="",
+            SEED=1,
+        )
+        torch.manual_seed(0)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        # The mask and box losses sample; the backbone's gradient of a plain sum does not.
+        trainer.model.forward = lambda batch, model=trainer.model: {
+            "loss": sum(
+                f.pow(2).mean()
+                for f in model.backbone(model.preprocess_image(batch).tensor).values()
+            )
+        }
+        trainer.train()
+        gradients[name] = [
+            p.grad.clone() for p in trainer.model.backbone.parameters() if p.grad is not None
+        ]
+    for one, two in zip(gradients["one"], gradients["two"], strict=True):
+        # Sums of float32 in another order: relative errors of some 1e-6 of the largest.
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * one.abs().max().item())
 
 
 # --- Text of strangers ----------------------------------------------------------------------------

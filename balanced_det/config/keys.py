@@ -135,6 +135,8 @@ def _trust_keys():
         "OTHER_CLASSES": False,
         # SHA-256 digests of pickled weights that may run code when they are loaded.
         "TRUSTED_WEIGHTS": [],
+        # File names of annotations may be absolute or leave their image root by "..".
+        "IMAGES_ANYWHERE": False,
         # Evaluate a model of which MODEL.WEIGHTS brings only a part; the rest has random weights.
         "UNTRAINED": False,
         # --resume starts where OUTPUT_DIR holds no checkpoint, as a job that may be preempted

@@ -28,6 +28,7 @@ from PIL import Image
 from ..errors import InputError, printable
 from ..seeds import derived_seed, seeded
 from .images import is_turned
+from .training_samplers import build_training_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,8 @@ class TrainLoader:
     Args:
         cfg: the config; the same keys are read as by Detectron2's loader.
         mapper: from a record to what the model takes; by default Detectron2's.
-        sampler: from (cfg, records) to an endless sampler, or None for Detectron2's.
+        sampler: from (cfg, records) to an endless sampler, or None for that of
+            ``DATALOADER.SAMPLER_TRAIN``.
 
     Attributes:
         seed: of the run: of the order where ``SEED`` does not fix it, and of the augmentations.
@@ -141,7 +143,7 @@ class TrainLoader:
 
     def __init__(self, cfg: CfgNode, mapper=None, sampler=None):
         self.cfg = cfg
-        self.build_sampler = sampler or _detectron2_sampler
+        self.build_sampler = sampler or _named_sampler
         self.mapper = NamingMapper(mapper or DatasetMapper(cfg, True))
         keypoints = cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
         self.records = get_detection_dataset_dicts(
@@ -211,7 +213,11 @@ class _Samples(torch.utils.data.Dataset):
         return Broken(f"Batch {batch} of the training: {skipped[0]}.")
 
 
-def _detectron2_sampler(cfg, records):
+def _named_sampler(cfg, records):
+    """Return the sampler that ``DATALOADER.SAMPLER_TRAIN`` names, ours or Detectron2's."""
+    ours = build_training_sampler(cfg, records)
+    if ours is not None:
+        return ours
     return _train_loader_from_config(cfg, mapper=_as_list, dataset=records)["sampler"]
 
 

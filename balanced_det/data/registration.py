@@ -30,6 +30,7 @@ from .statistics import dataset_statistics
 logger = logging.getLogger(__name__)
 
 _BUILTIN_NAMES = frozenset(_PREDEFINED_SPLITS_COCO["coco"]).union(*_PREDEFINED_SPLITS_LVIS.values())
+_images_anywhere = {}  # name -> whether its file names may leave its image root
 _registered = {}  # name -> (json_file, image_root), of all that this module registered
 _read = {}  # name -> _Read, of all that this module has read
 
@@ -78,12 +79,14 @@ def register_datasets(cfg):
                 f"texts, but one is {entry!r}."
             )
         name, json_file, image_root = entry
+        _images_anywhere[name] = cfg.BALANCE.get("IMAGES_ANYWHERE", False)
         _register(name, _resolve(json_file), _resolve(image_root) if image_root else None)
 
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if name in _BUILTIN_NAMES and name not in _registered:
                 metadata = MetadataCatalog.get(name)
+                _images_anywhere[name] = cfg.BALANCE.get("IMAGES_ANYWHERE", False)
                 _register(name, metadata.json_file, metadata.image_root)
             elif name not in DatasetCatalog:
                 raise InputError(
@@ -92,7 +95,7 @@ def register_datasets(cfg):
                 )
 
 
-def load_detections(json_file, image_root, dataset_name=None):
+def load_detections(json_file, image_root, dataset_name=None, images_anywhere=False):
     """Read a file in LVIS v0.5, LVIS v1 or COCO format.
 
     Category ids become contiguous, 0 ... K-1 in the order of the file's ids. Boxes without area or
@@ -109,6 +112,7 @@ def load_detections(json_file, image_root, dataset_name=None):
         dataset_name: when given, the classes and paths are put into Detectron2's metadata of that
             name. Classes are called by the file's ``name``; Detectron2's own data sets keep the
             names that Detectron2 gives.
+        images_anywhere: file names may leave ``image_root``.
 
     Returns:
         A list of dicts in Detectron2's standard format, sorted by image id. LVIS's
@@ -122,7 +126,7 @@ def load_detections(json_file, image_root, dataset_name=None):
     if dataset_name is not None:
         _set_metadata(dataset_name, json_file, image_root, data.categories, contiguous_ids)
 
-    file_names = _locate_images(data.images, image_root, json_file)
+    file_names = _locate_images(data.images, image_root, json_file, images_anywhere)
     records = [_record(image, file_names[image.id], json_file) for image in data.images]
     sizes = np.array([(record["width"], record["height"]) for record in records])  # (images, 2)
     boxes, usable, clipped = _clip_boxes(data.boxes, sizes[data.image])
@@ -299,7 +303,9 @@ def _register(name, json_file, image_root):
         )
     _set_paths(name, json_file, image_root)
     DatasetCatalog.pop(name, None)
-    DatasetCatalog.register(name, lambda: load_detections(json_file, image_root, name))
+    DatasetCatalog.register(
+        name, lambda: load_detections(json_file, image_root, name, _images_anywhere[name])
+    )
     _registered[name] = json_file, image_root
 
 
@@ -446,8 +452,10 @@ def _first_without_mask(data, among):
     return None
 
 
-def _locate_images(images, image_root, json_file):
+def _locate_images(images, image_root, json_file, anywhere=False):
     """Return the path of every image by its id; each folder is listed once.
+
+    A name that leaves ``image_root`` is refused unless images may lie ``anywhere``.
 
     LVIS v0.5 gives a ``file_name`` of COCO 2014, though the images are those of COCO 2017; the path
     in its ``coco_url`` is right. LVIS v1 gives ``coco_url`` alone. So the first that exists counts.
@@ -477,6 +485,12 @@ def _locate_images(images, image_root, json_file):
         if image_root is None:
             file_names[image.id] = names[0]
             continue
+        for name in names:
+            if not anywhere and _leaves_its_folder(name):
+                raise InputError(
+                    f"'{json_file}': the file name '{name}' of image {image.id} leaves the image "
+                    "root: BALANCE.IMAGES_ANYWHERE allows it."
+                )
         paths = [os.path.join(image_root, name) for name in names]
         found = next(filter(exists, paths), None)
         if found is None:
@@ -488,3 +502,7 @@ def _locate_images(images, image_root, json_file):
             f"is '{missing[0]}'."
         )
     return file_names
+
+
+def _leaves_its_folder(name):
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir

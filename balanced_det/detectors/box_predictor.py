@@ -138,6 +138,9 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
 
     def inference(self, predictions, proposals):
         """Return (detections, rows), see :func:`.inference.region_detections`."""
+        if torch.jit.is_tracing():
+            # A trace may see other images than it was made of; ours asks how many survive.
+            return super().inference(predictions, proposals)
         logits, deltas = predictions
         return self.detections(self.criterion.scores(logits), deltas, proposals)
 
@@ -156,7 +159,8 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
     def predict_probs(self, predictions, proposals):
         """Return one (Ri, K + 1) tensor an image, of which Detectron2 drops the last column."""
         scores = F.pad(self.criterion.scores(predictions[0]), (0, 1))
-        return scores.split([len(p) for p in proposals])
+        # Not len(), which a trace would keep.
+        return scores.split([p.proposal_boxes.tensor.shape[0] for p in proposals])
 
 
 def proposal_selection(cfg):

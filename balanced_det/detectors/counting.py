@@ -108,6 +108,7 @@ def fit_to_training_data(model, cfg):
             f"BALANCE; use Balanced{type(part).__name__}."
         )
     counts = _counted_once(part, model.backbone, cfg)
+    part.criterion.rows_are_counted = True
     prior = optimal_prior(counts.num_foreground, counts.num_rows, part.num_classes)
     logger.info(
         "BALANCE.%s: %d of %d rows are foreground (%d images, standard error %.1f%%); "

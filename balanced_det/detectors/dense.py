@@ -113,6 +113,8 @@ class BalancedDenseDetector(CountedScoreThreshold):
 
     def _detections(self, anchors, logits, deltas, images, centerness=None):
         """Return one ``Instances`` an image; see :func:`.inference.dense_detections`."""
+        if torch.jit.is_tracing():
+            return self._traced_detections(anchors, logits, deltas, images, centerness)
         return dense_detections(
             anchors,
             logits,
@@ -126,6 +128,25 @@ class BalancedDenseDetector(CountedScoreThreshold):
             detections_per_image=self.max_detections_per_image,
             centerness=centerness,
         )
+
+    def _traced_detections(self, anchors, logits, deltas, images, centerness):
+        """Return the same as Detectron2 finds it, an image at a time.
+
+        A trace may see other images than it was made of; ours asks how many candidates survive.
+        """
+        scores = [self.criterion.scores(level_rows(x, self.criterion.num_logits)) for x in logits]
+        scores = [x.flatten(1, 3) for x in scores]  # (N, Ri, K) a level
+        if centerness is not None:
+            # The geometric mean of both, as in arXiv 2006.09214, Eq. 4.
+            centers = [level_rows(x, 1).flatten(1, 3).float().sigmoid() for x in centerness]
+            scores = [(x * c).sqrt() for x, c in zip(scores, centers, strict=True)]
+        deltas = [level_rows(x, 4).flatten(1, 3) for x in deltas]
+        return [
+            self.inference_single_image(
+                anchors, [x[i] for x in scores], [x[i] for x in deltas], image_size
+            )
+            for i, image_size in enumerate(images.image_sizes)
+        ]
 
     def _row_losses(self, levels, labels):
         """Return the loss (N, R) of every row."""

@@ -99,7 +99,9 @@ class BalancedMaskHead(MaskRCNNConvUpsampleHead):
         logits = self._logits(x, classes)
         if self.training:
             return {"loss_mask": mask_loss(logits, instances, self.vis_period) * self.loss_weight}
-        masks = logits.sigmoid().unsqueeze(1).split([len(p) for p in instances])
+        # Not len(), which a trace would keep.
+        sizes = [p.get(name).shape[0] for p in instances]
+        masks = logits.sigmoid().unsqueeze(1).split(sizes)
         for p, of_image in zip(instances, masks, strict=True):
             p.pred_masks = of_image  # (Fi, 1, S, S)
         return instances

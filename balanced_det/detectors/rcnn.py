@@ -150,7 +150,8 @@ class BalancedCascadeROIHeads(_BatchedROIHeads, CascadeROIHeads):
 
     def _forward_box(self, features, proposals, targets=None):
         """Run all stages; see ``CascadeROIHeads``. Scores are the mean over the stages."""
-        if self.training:
+        # A trace may see other images than it was made of; ours asks how many candidates survive.
+        if self.training or torch.jit.is_tracing():
             return super()._forward_box(features, proposals, targets)
         features = [features[name] for name in self.box_in_features]
         image_sizes = [p.image_size for p in proposals]

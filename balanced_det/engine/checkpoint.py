@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
+from ..criterion import Criterion
 from ..errors import InputError, NonFiniteError
 from ..losses.base import BoxLoss, ClassificationLoss
 from ..thresholds import ScoreThreshold
@@ -38,12 +39,12 @@ _PLAIN_GLOBALS = {
 def statistics_names(model: nn.Module) -> list[str]:
     """Return the names of the buffers that hold statistics of the data or of the training.
 
-    They are all buffers of a loss or a score threshold, and those that another module names in an
-    attribute ``statistics``.
+    They are all buffers of a criterion, a loss or a score threshold, and those that another module
+    names in an attribute ``statistics``.
     """
     names = set()
     for prefix, module in model.named_modules():
-        owns_all = isinstance(module, ClassificationLoss | BoxLoss | ScoreThreshold)
+        owns_all = isinstance(module, Criterion | ClassificationLoss | BoxLoss | ScoreThreshold)
         own = dict(module.named_buffers()) if owns_all else getattr(module, "statistics", ())
         names.update(f"{prefix}.{name}" if prefix else name for name in own)
     return sorted(names & model.state_dict().keys())

@@ -1,5 +1,6 @@
 """What is checked before a run starts a process or writes a file."""
 
+import functools
 import logging
 import os
 import traceback
@@ -7,6 +8,7 @@ import traceback
 from detectron2.data import DatasetCatalog
 
 from ..data.registration import check_masks, training_statistics
+from ..data.training_samplers import TRAINING_SAMPLERS
 from ..errors import InputError
 from ..gradient_figure import PlotGradients
 from .checkpoint import (
@@ -29,6 +31,7 @@ _TRAIN_SAMPLERS = (
     "RandomSubsetTrainingSampler",
     "WeightedTrainingSampler",
     "WeightedCategoryTrainingSampler",
+    *TRAINING_SAMPLERS,
 )
 _RESNET_DEPTHS = (18, 34, 50, 101, 152)
 
@@ -51,6 +54,7 @@ def check_run(cfg, eval_only=False, resume=False, num_workers=1):
     """
     _check_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
     _check_choice("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, _RESNET_DEPTHS)
+    _check_task(cfg)
     check_output_dir(cfg, eval_only, resume)
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]
     resumes = resume and bool(saved_checkpoints(cfg.OUTPUT_DIR))
@@ -99,6 +103,37 @@ def _told(error):
     return f"{' '.join(text.split()) or where.line} ({type(error).__name__} in {place})"
 
 
+# Detectron2's detectors of something else than boxes and masks of objects.
+_OTHER_TASKS = {
+    "MODEL.META_ARCHITECTURE": {
+        "ProposalNetwork": "proposals have no classes to evaluate",
+        "PanopticFPN": "segmentations of a whole image are not read",
+        "SemanticSegmentor": "segmentations of a whole image are not read",
+    },
+    "MODEL.PROPOSAL_GENERATOR.NAME": {"RRPN": "boxes are read without an angle"},
+    "MODEL.ROI_HEADS.NAME": {"RROIHeads": "boxes are read without an angle"},
+    "MODEL.ANCHOR_GENERATOR.NAME": {
+        "RotatedAnchorGenerator": "boxes are read without an angle",
+    },
+    "MODEL.KEYPOINT_ON": {True: "keypoints are not read"},
+    "MODEL.LOAD_PROPOSALS": {True: "proposals of files are not read"},
+}
+
+
+def _check_task(cfg):
+    """Refuse what this project's reader and evaluation do not serve."""
+    for key, reasons in _OTHER_TASKS.items():
+        node, _, name = key.rpartition(".")
+        value = functools.reduce(getattr, node.split("."), cfg)[name]
+        if value in reasons:
+            raise InputError(f"{key} is {value!r}, which cannot be trained here: {reasons[value]}.")
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise InputError(
+            f"TEST.AUG.ENABLED: Detectron2 augments images at test time for GeneralizedRCNN alone, "
+            f"not for MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}."
+        )
+
+
 def _check_loader(cfg, num_workers):
     batch = cfg.SOLVER.IMS_PER_BATCH
     workers = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers
@@ -117,7 +152,7 @@ def _check_loader(cfg, num_workers):
 def _check_choice(key, value, choices):
     if value not in choices:
         known = ", ".join(map(str, choices))
-        raise InputError(f"{key} is {value!r}; Detectron2 has {known}.")
+        raise InputError(f"{key} is {value!r}; known are: {known}.")
 
 
 def _check_writable(key, path):

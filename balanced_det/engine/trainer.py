@@ -8,10 +8,12 @@ import weakref
 import torch
 from detectron2.engine import DefaultTrainer, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from tabulate import tabulate
 
 from ..build import build_model
+from ..criterion import Criterion
 from ..data.loader import TrainLoader, build_test_loader
 from ..data.registration import training_statistics
 from ..detectors.counting import fit_to_training_data
@@ -80,6 +82,9 @@ class Trainer(DefaultTrainer):
         load_weights(self.checkpointer, self.cfg, resumed)
         if resumed:
             self.start_iter = self.iter + 1  # the checkpoint has the iteration that was finished
+            for module in self.model.modules():
+                if isinstance(module, Criterion):
+                    module.rows_are_counted = True  # what was counted came with the checkpoint
 
     def run_step(self):
         """Train one step, see :class:`~balanced_det.engine.step.TrainStep`."""
@@ -138,6 +143,20 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_folder, train_statistics=statistics)
 
     @classmethod
+    def test_with_augmentation(cls, cfg, model):
+        """Evaluate as ``TEST.AUG`` says, as Detectron2's ``train_net`` does.
+
+        Returns:
+            The results of ``test``, with "_TTA" at the end of each task.
+        """
+        logger.info("Evaluating with the augmentations of TEST.AUG")
+        model = GeneralizedRCNNWithTTA(cfg, model)
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = super().test(cfg, model, evaluators)
+        return {f"{name}_TTA": value for name, value in results.items()}
+
+    @classmethod
     def test(cls, cfg, model, evaluators=None):
         """Evaluate on every test set; where all evaluators take them, masks come as run lengths."""
         if evaluators is None:
@@ -174,8 +193,16 @@ class Trainer(DefaultTrainer):
             own.append(PlotGradients(period, self.cfg.OUTPUT_DIR))
         # Before the writers, which then find what was logged.
         position = ret.index(writers[0]) if writers else len(ret)
+        if self.cfg.TEST.AUG.ENABLED and self.cfg.DATASETS.TEST:
+            own.append(hooks.EvalHook(0, self._test_with_augmentation))
         ret[position:position] = own
         return ret
+
+    def _test_with_augmentation(self):
+        results = self.test_with_augmentation(self.cfg, self.model)
+        if comm.is_main_process():
+            self._last_eval_results = {**self._last_eval_results, **results}
+        return results
 
     def _build_step(self):
         keys = self.cfg.BALANCE
