@@ -167,7 +167,12 @@ def compare(images, seed):
             # Another order of the same sum of float64.
             assert abs(found[metric] - numbers["ours"][metric]) < 1e-9, (name, metric)
     ours = np.median(times["ours"])
-    table = [[name, np.median(t), min(t), max(t), np.median(t) / ours] for name, t in times.items()]
+    cpu_of_ours = np.median(cpu["ours"])
+    table = [
+        [name, np.median(t), min(t), max(t), np.median(t) / ours]
+        + [np.median(cpu[name]), np.median(cpu[name]) / cpu_of_ours]
+        for name, t in times.items()
+    ]
     print(f"{images} images x {DETECTIONS} detections, AP {100 * numbers['ours']['AP']:.3f}:")
     headers = ["", "median s", "from", "to", "of ours", "median CPU s", "of ours"]
     print(tabulate(table, headers=headers, tablefmt="github", floatfmt=".2f"))

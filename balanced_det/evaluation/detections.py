@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 
 import numpy as np
 
@@ -86,21 +87,21 @@ def _plain_columns(rows, truth, iou_type):
     """
     images, classes = _index_by_id(truth)
     try:
-        image_ids = [row["image_id"] for row in rows]
-        category_ids = [row["category_id"] for row in rows]
-        scores = [row["score"] for row in rows]
+        shape = "bbox" if iou_type == "bbox" else "segmentation"
+        image_ids, category_ids, scores, shapes = (
+            list(map(itemgetter(key), rows)) for key in ("image_id", "category_id", "score", shape)
+        )
         if not (_are(image_ids, int) and _are(category_ids, int) and _are(scores, float, int)):
             return None  # 1.0 is an id, true is none, text is no score: one by one
         image = np.fromiter(map(images.__getitem__, image_ids), np.int64, len(rows))
         category = np.fromiter(map(classes.__getitem__, category_ids), np.int64, len(rows))
         boxes = masks = None
         if iou_type == "segm":
-            masks = [_run_lengths(row["segmentation"], i) for i, row in enumerate(rows)]
+            masks = [_run_lengths(mask, i) for i, mask in enumerate(shapes)]
         else:
-            lists = [row["bbox"] for row in rows]
-            if not _are(lists, list) or not {4}.issuperset(map(len, lists)):
+            if not _are(shapes, list) or not {4}.issuperset(map(len, shapes)):
                 return None
-            flat = list(chain.from_iterable(lists))
+            flat = list(chain.from_iterable(shapes))
             if not _are(flat, float, int):
                 return None
             boxes = np.fromiter(flat, np.float64, len(flat)).reshape(-1, 4)

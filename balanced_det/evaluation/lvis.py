@@ -479,15 +479,20 @@ def _mask_areas(masks, image):
 
 
 def _metrics(precision, recall, groups):
-    """The numbers of :data:`METRICS`."""
-    of_group = {g: [group == g for group in groups] for g in GROUPS}
+    """The numbers of :data:`METRICS`.
+
+    A class without objects of a size is -1 throughout, and each other class has as many numbers as
+    the next, so the mean of all that are present is the mean of the classes' means.
+    """
+    precision = precision.mean(axis=1)  # (10 IoUs, K, 4 sizes)
+    ap, ar = precision.mean(axis=0), recall.mean(axis=0)  # (K, 4 sizes)
     values = [
-        _mean(precision[..., 0]),
-        _mean(precision[0, ..., 0]),
-        _mean(precision[5, ..., 0]),
-        *(_mean(precision[..., size]) for size in (1, 2, 3)),
-        *(_mean(precision[:, :, of_group[g], 0]) for g in GROUPS),
-        *(_mean(recall[..., size]) for size in (0, 1, 2, 3)),
+        _mean(ap[:, 0]),
+        _mean(precision[0, :, 0]),
+        _mean(precision[5, :, 0]),
+        *(_mean(ap[:, size]) for size in (1, 2, 3)),
+        *(_mean(ap[[group == g for group in groups], 0]) for g in GROUPS),
+        *(_mean(ar[:, size]) for size in (0, 1, 2, 3)),
     ]
     return dict(zip(METRICS, values, strict=True))
 
