@@ -14,7 +14,7 @@ else of the logits' size is allocated.
 
 Two implementations share one meaning: plain torch (:mod:`.reference`) and Triton kernels
 (:mod:`.triton_kernels`); :mod:`.choice` says which serves a call. :mod:`.nms` suppresses the
-overlapping boxes of many groups at once.
+overlapping boxes of many groups at once, :mod:`.roi_align` pools the features of boxes.
 """
 
 import functools
