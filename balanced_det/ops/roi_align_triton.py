@@ -252,7 +252,7 @@ def forward(features, boxes, image, level, scales, bins, sampling_ratio, aligned
         sampling_ratio, aligned: see :func:`.roi_align.roi_align`.
     """
     channels = features[0].shape[1]
-    if any(x[0].numel() > _MAX_MAP for x in features):
+    if any(x.shape[1:].numel() > _MAX_MAP for x in features):
         raise InputError("A feature map is beyond the Triton implementation of roi_align.")
     out = features[0].new_empty(len(boxes), *bins, channels)
     if out.numel():
