@@ -140,6 +140,21 @@ def test_boxes_partly_and_wholly_outside(implementation, boxes, sampling_ratio, 
     )
 
 
+def test_a_sample_on_the_outermost_edge_counts_and_one_beyond_it_does_not(implementation):
+    # One sample a box, in its middle. The finest level has 12 x 16 pixels of 4 x 4 image pixels;
+    # samples count from -1 to 12 and to 16.
+    middles = torch.tensor([[20.0, 48], [64, 20], [20, -4], [-4, 20]])
+    beyond = torch.tensor([[20.0, 48.5], [64.5, 20], [20, -4.5], [-4.5, 20]])
+    middles = torch.cat([middles, beyond]).to(implementation)
+    boxes = torch.cat([middles - 8, middles + 8], dim=1)
+    level = torch.zeros(len(boxes), dtype=torch.int64, device=implementation)
+    torch.manual_seed(0)
+    features = pyramid(implementation)
+    assert_is_torchvisions(features, boxes, level, level, SCALES, 1, 1, False)
+    counts = (roi_align(features, boxes, level, level, SCALES, 1, 1, False) != 0).all(dim=1)
+    assert counts.flatten().tolist() == [True] * 4 + [False] * 4
+
+
 def test_boxes_of_no_size_and_inside_out(implementation):
     torch.manual_seed(0)
     boxes = [[8, 8, 8, 8], [8, 8, 8, 30], [10, 4, 30, 4], [0, 0, 0, 0], [64, 48, 64, 48]]
