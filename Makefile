@@ -41,6 +41,7 @@ bench: $(READY)
 	$(PY) benchmarks/bench_losses.py
 	$(PY) benchmarks/bench_samplers.py
 	$(PY) benchmarks/bench_convolution.py
+	$(PY) benchmarks/bench_roi_align.py --rounds 1
 	$(PY) benchmarks/bench_detectors.py --steps 3 --rounds 1
 	$(PY) benchmarks/bench_evaluation.py --images 100 --full 2000
 

@@ -86,7 +86,7 @@ def assert_is_torchvisions(features, boxes, image, level, scales, *options):
 @pytest.mark.parametrize("aligned", [True, False])
 def test_regions_and_gradients_are_torchvisions(implementation, sampling_ratio, aligned):
     torch.manual_seed(0)
-    features, boxes = pyramid(implementation), scattered(6, implementation)
+    features, boxes = pyramid(implementation), scattered(4, implementation)
     assert_is_torchvisions(features, *boxes, SCALES, 3, sampling_ratio, aligned)
 
 
@@ -101,7 +101,7 @@ def test_any_number_of_channels(implementation, channels):
 @pytest.mark.parametrize("bins", [1, 7, (2, 3)])
 def test_any_number_of_bins(implementation, bins):
     torch.manual_seed(0)
-    features, boxes = pyramid(implementation), scattered(3, implementation)
+    features, boxes = pyramid(implementation), scattered(2, implementation)
     assert_is_torchvisions(features, *boxes, SCALES, bins, 0, True)
 
 
@@ -121,7 +121,7 @@ BOX = st.tuples(COORDINATE, COORDINATE, SIDE, SIDE).map(
 
 
 @settings(
-    max_examples=8 if INTERPRETED else 50,
+    max_examples=5 if INTERPRETED else 50,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -140,13 +140,28 @@ def test_boxes_partly_and_wholly_outside(implementation, boxes, sampling_ratio, 
     )
 
 
+def test_a_sample_on_the_outermost_edge_counts_and_one_beyond_it_does_not(implementation):
+    # One sample a box, in its middle. The finest level has 12 x 16 pixels of 4 x 4 image pixels;
+    # samples count from -1 to 12 and to 16.
+    middles = torch.tensor([[20.0, 48], [64, 20], [20, -4], [-4, 20]])
+    beyond = torch.tensor([[20.0, 48.5], [64.5, 20], [20, -4.5], [-4.5, 20]])
+    middles = torch.cat([middles, beyond]).to(implementation)
+    boxes = torch.cat([middles - 8, middles + 8], dim=1)
+    level = torch.zeros(len(boxes), dtype=torch.int64, device=implementation)
+    torch.manual_seed(0)
+    features = pyramid(implementation)
+    assert_is_torchvisions(features, boxes, level, level, SCALES, 1, 1, False)
+    counts = (roi_align(features, boxes, level, level, SCALES, 1, 1, False) != 0).all(dim=1)
+    assert counts.flatten().tolist() == [True] * 4 + [False] * 4
+
+
 def test_boxes_of_no_size_and_inside_out(implementation):
     torch.manual_seed(0)
     boxes = [[8, 8, 8, 8], [8, 8, 8, 30], [10, 4, 30, 4], [0, 0, 0, 0], [64, 48, 64, 48]]
     boxes = torch.tensor(boxes, device=implementation).float()
     level = torch.zeros(len(boxes), dtype=torch.int64, device=implementation)
     features = pyramid(implementation)
-    for sampling_ratio, aligned in ((0, True), (0, False), (2, True)):
+    for sampling_ratio, aligned in ((0, True), (2, False)):
         assert_is_torchvisions(features, boxes, level, level, SCALES, 2, sampling_ratio, aligned)
     # torchvision's adaptive sampling fails for these on a CPU.
     assert_is_torchvisions(features, boxes[:, [2, 3, 0, 1]], level, level, SCALES, 2, 2, True)
@@ -194,7 +209,7 @@ def test_views_with_gaps(implementation):
 @pytest.mark.parametrize("dtype", STEP)
 def test_sums_in_float32_are_rounded_once(implementation, dtype):
     torch.manual_seed(0)
-    features, boxes = pyramid(implementation, dtype=dtype), scattered(6, implementation)
+    features, boxes = pyramid(implementation, dtype=dtype), scattered(3, implementation)
     exact = [x.detach().float().requires_grad_() for x in features]
     expected = one_box_at_a_time(exact, *boxes, SCALES, 3, 0, True)
     found = roi_align(features, *boxes, SCALES, 3)
@@ -218,12 +233,12 @@ def test_float64_is_computed_in_float64():
 def test_gradients_of_boxes_that_overlap_add_up(implementation):
     torch.manual_seed(0)
     features, (boxes, image, level) = pyramid(implementation), scattered(1, implementation)
-    many = [x.expand(5, *x.shape[1:]) for x in (boxes, image, level)]
+    many = [x.expand(3, *x.shape[1:]) for x in (boxes, image, level)]
     incoming = torch.randn(1, 5, 2, 2, device=implementation)
     one = roi_align(features, boxes, image, level, SCALES, 2)
-    one = torch.autograd.grad(one, features, 5 * incoming)
+    one = torch.autograd.grad(one, features, 3 * incoming)
     found = roi_align(features, *many, SCALES, 2)
-    for a, b in zip(torch.autograd.grad(found, features, incoming.expand(5, -1, -1, -1)), one):
+    for a, b in zip(torch.autograd.grad(found, features, incoming.expand(3, -1, -1, -1)), one):
         assert_close(a, b)
 
 

@@ -15,7 +15,7 @@ weigh classes by the gradient they have had; the same read sums it.
 
 Two implementations share one meaning: plain torch (:mod:`.reference`) and Triton kernels
 (:mod:`.triton_kernels`); :mod:`.choice` says which serves a call. :mod:`.nms` suppresses the
-overlapping boxes of many groups at once.
+overlapping boxes of many groups at once, :mod:`.roi_align` pools the features of boxes.
 """
 
 import functools

@@ -102,18 +102,14 @@ class _RoIAlign(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, of_out):
         of_out = of_out.contiguous(memory_format=torch.channels_last)
-        # One buffer, which one launch fills with zeros.
-        buffer = of_out.new_zeros(sum(s.numel() for s in ctx.shapes), dtype=torch.float32)
         gradients = [
-            part.view(n, h, w, c).permute(0, 3, 1, 2)
-            for (n, c, h, w), part in zip(
-                ctx.shapes, buffer.split([s.numel() for s in ctx.shapes]), strict=True
-            )
+            of_out.new_zeros(n, h, w, c, dtype=torch.float32).permute(0, 3, 1, 2)
+            for n, c, h, w in ctx.shapes
         ]
         _kernels().backward(gradients, of_out, *ctx.saved_tensors, *ctx.options)
-        return (None,) * 7 + tuple(
-            x.to(of_out.dtype, memory_format=ctx.memory_format) for x in gradients
-        )
+        for index, x in enumerate(gradients):  # One after another, so that memory is freed.
+            gradients[index] = x.to(of_out.dtype, memory_format=ctx.memory_format)
+        return (None,) * 7 + tuple(gradients)
 
 
 def _memory_format(x):

@@ -24,6 +24,7 @@ Letters: T boxes, P pixels, G samples, C channels; a bin is (i, j) of BINS_Y x B
 import triton
 import triton.language as tl
 
+from ..errors import InputError
 from .triton_kernels import _current_device
 
 _PIXELS = 8  # Pixels of a bin that the forward kernel reads at a time.
@@ -31,6 +32,7 @@ _COLUMNS = 8  # Pixels of a row that the backward kernel adds to at a time.
 _PARTS = 8  # Programs that share the pixel rows of a box in the backward kernel.
 _MAX_CHANNELS = 256  # Channels of a program.
 _WARPS = 1  # So no thread waits for another.
+_MAX_MAP = (1 << 31) - 1  # Elements of an image's level, which are counted in 32 bits.
 
 
 @triton.jit
@@ -250,6 +252,8 @@ def forward(features, boxes, image, level, scales, bins, sampling_ratio, aligned
         sampling_ratio, aligned: see :func:`.roi_align.roi_align`.
     """
     channels = features[0].shape[1]
+    if any(x.shape[1:].numel() > _MAX_MAP for x in features):
+        raise InputError("A feature map is beyond the Triton implementation of roi_align.")
     out = features[0].new_empty(len(boxes), *bins, channels)
     if out.numel():
         block, options = _options(features, bins, sampling_ratio, aligned)
