@@ -23,14 +23,14 @@ def seed_generators(seed: int, devices: bool = True) -> None:
 
     Args:
         seed: 0 to 2^64 - 1.
-        devices: seed those of accelerators as well.
+        devices: seed those of CUDA devices as well, where this process uses any.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    if devices:
-        torch.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
+    # Not torch.manual_seed, which looks for every kind of device: half a millisecond a step.
+    torch.default_generator.manual_seed(seed)
+    if devices and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextlib.contextmanager
