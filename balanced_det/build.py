@@ -21,6 +21,7 @@ from .errors import InputError
 from .losses import GradientDensity
 from .parts import PARTS, Part
 from .priors import class_weights
+from .selection import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -189,12 +190,24 @@ def build_sampler(cfg, part):
     return _build_method(cfg, _part(part), "SAMPLER")
 
 
-def quota_arguments(cfg, part, sampler) -> dict:
-    """Return how many rows a sampler takes, as arguments; none for one that takes all rows."""
-    if sampler.takes_all:
-        return {}
-    node = cfg.BALANCE[_part(part).name]
-    return {"rows_per_image": node.ROWS_PER_IMAGE, "positive_fraction": node.POSITIVE_FRACTION}
+def build_selection(cfg, part, *, always=None, sampled=None, **quota) -> Selection:
+    """Build what chooses the rows of one part of a detector and says what divides their losses.
+
+    Args:
+        cfg: the whole config.
+        part: a :class:`~balanced_det.parts.Part` or its name.
+        always: the normalizer, whatever the sampler is.
+        sampled: the normalizer where the sampler does not take all rows; for both, None is the
+            default of :class:`~balanced_det.selection.Selection`.
+        quota: ``rows_per_image`` and ``positive_fraction`` of a part that has Detectron2's keys for
+            them.
+    """
+    part = _part(part)
+    sampler = build_sampler(cfg, part)
+    if part.has_quota and not sampler.takes_all:
+        node = cfg.BALANCE[part.name]
+        quota = {"rows_per_image": node.ROWS_PER_IMAGE, "positive_fraction": node.POSITIVE_FRACTION}
+    return Selection(sampler, always or (None if sampler.takes_all else sampled), **quota)
 
 
 def build_score_threshold(cfg, part, num_classes, fixed):

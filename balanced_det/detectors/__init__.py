@@ -9,9 +9,12 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .. import backbones, pyramid  # noqa: F401  (registers the backbones)
+from .box_predictor import BalancedFastRCNNOutputLayers
+from .cascade import BalancedCascadeROIHeads
 from .fcos import BalancedFCOS
 from .folding import fold_frozen_norms
-from .rcnn import BalancedCascadeROIHeads, BalancedFastRCNNOutputLayers, BalancedROIHeads
+from .mask_head import BalancedMaskHead
+from .rcnn import BalancedROIHeads
 from .retinanet import BalancedRetinaNet
 from .rpn import BalancedRPN
 
@@ -19,6 +22,7 @@ __all__ = [
     "BalancedCascadeROIHeads",
     "BalancedFCOS",
     "BalancedFastRCNNOutputLayers",
+    "BalancedMaskHead",
     "BalancedROIHeads",
     "BalancedRPN",
     "BalancedRetinaNet",

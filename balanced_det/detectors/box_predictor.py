@@ -8,9 +8,9 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn import functional as F
 
-from ..build import build_criterion, build_sampler, build_score_threshold, initial_prior
+from ..build import build_criterion, build_score_threshold, build_selection, initial_prior
 from ..rows import nonzero
-from ..selection import Rows, Selection
+from ..selection import Rows
 from .inference import region_detections
 from .matching import pad
 from .thresholds import CountedScoreThreshold
@@ -166,8 +166,5 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
 def proposal_selection(cfg):
     """Build the :class:`~balanced_det.selection.Selection` of region heads."""
     keys = cfg.MODEL.ROI_HEADS
-    return Selection(
-        build_sampler(cfg, "ROI_HEADS"),
-        rows_per_image=keys.BATCH_SIZE_PER_IMAGE,
-        positive_fraction=keys.POSITIVE_FRACTION,
-    )
+    quota = (keys.BATCH_SIZE_PER_IMAGE, keys.POSITIVE_FRACTION)
+    return build_selection(cfg, "ROI_HEADS", rows_per_image=quota[0], positive_fraction=quota[1])

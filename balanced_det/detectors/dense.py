@@ -3,21 +3,13 @@
 import torch
 from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
-from torch import nn
 
-from ..build import (
-    build_criterion,
-    build_sampler,
-    build_score_threshold,
-    initial_prior,
-    quota_arguments,
-)
+from ..build import build_criterion, build_score_threshold, build_selection, initial_prior
 from ..rows import level_rows, split_levels
-from ..selection import PerForegroundOnAverage, Selection
-from .inference import dense_detections
+from ..selection import PerForegroundOnAverage
+from .inference import dense_detections, traced_dense_detections
 from .matching import Objects
 from .thresholds import CountedScoreThreshold
-from .wide_conv import WideConv2d
 
 
 class BalancedDenseDetector(CountedScoreThreshold):
@@ -114,7 +106,8 @@ class BalancedDenseDetector(CountedScoreThreshold):
     def _detections(self, anchors, logits, deltas, images, centerness=None):
         """Return one ``Instances`` an image; see :func:`.inference.dense_detections`."""
         if torch.jit.is_tracing():
-            return self._traced_detections(anchors, logits, deltas, images, centerness)
+            levels = (anchors, logits, deltas, centerness)
+            return traced_dense_detections(self, *levels, images.image_sizes)
         return dense_detections(
             anchors,
             logits,
@@ -128,25 +121,6 @@ class BalancedDenseDetector(CountedScoreThreshold):
             detections_per_image=self.max_detections_per_image,
             centerness=centerness,
         )
-
-    def _traced_detections(self, anchors, logits, deltas, images, centerness):
-        """Return the same as Detectron2 finds it, an image at a time.
-
-        A trace may see other images than it was made of; ours asks how many candidates survive.
-        """
-        scores = [self.criterion.scores(level_rows(x, self.criterion.num_logits)) for x in logits]
-        scores = [x.flatten(1, 3) for x in scores]  # (N, Ri, K) a level
-        if centerness is not None:
-            # The geometric mean of both, as in arXiv 2006.09214, Eq. 4.
-            centers = [level_rows(x, 1).flatten(1, 3).float().sigmoid() for x in centerness]
-            scores = [(x * c).sqrt() for x, c in zip(scores, centers, strict=True)]
-        deltas = [level_rows(x, 4).flatten(1, 3) for x in deltas]
-        return [
-            self.inference_single_image(
-                anchors, [x[i] for x in scores], [x[i] for x in deltas], image_size
-            )
-            for i, image_size in enumerate(images.image_sizes)
-        ]
 
     def _row_losses(self, levels, labels):
         """Return the loss (N, R) of every row."""
@@ -164,26 +138,10 @@ def balance_arguments(cfg, num_classes, fixed_threshold, initial_normalizer):
         fixed_threshold: Detectron2's own score threshold.
         initial_normalizer: foreground rows of a batch while none was seen, as Detectron2 has it.
     """
-    sampler = build_sampler(cfg, "DENSE")
+    average = PerForegroundOnAverage(initial_normalizer)
     return {
         "criterion": build_criterion(cfg, "DENSE", num_classes),
-        "selection": Selection(
-            sampler,
-            PerForegroundOnAverage(initial_normalizer),
-            **quota_arguments(cfg, "DENSE", sampler),
-        ),
+        "selection": build_selection(cfg, "DENSE", always=average),
         "score_threshold": build_score_threshold(cfg, "DENSE", num_classes, fixed_threshold),
         "prior_prob": initial_prior(cfg, "DENSE"),
     }
-
-
-def replace_classifier(head, num_anchors_times_logits):
-    """Give a dense head a last layer of as many logits as the classification loss needs."""
-    old = head.cls_score
-    head.cls_score = WideConv2d(
-        old.in_channels, num_anchors_times_logits, old.kernel_size, old.stride, old.padding
-    )
-    if old.out_channels == num_anchors_times_logits:
-        head.cls_score.load_state_dict(old.state_dict())
-    else:
-        nn.init.normal_(head.cls_score.weight, std=0.01)

@@ -179,6 +179,27 @@ def dense_detections(
         by_logits = False  # A maximum over numbers of which one is NaN says nothing of the others.
 
 
+def traced_dense_detections(detector, anchors, logits, deltas, centerness, image_sizes):
+    """Return what :func:`dense_detections` does as Detectron2 finds it, an image at a time.
+
+    A trace may see other images than it was made of; the other asks how many candidates survive.
+    """
+    criterion = detector.criterion
+    scores = [criterion.scores(level_rows(x, criterion.num_logits)) for x in logits]
+    scores = [x.flatten(1, 3) for x in scores]  # (N, Ri, K) a level
+    if centerness is not None:
+        # The geometric mean of both, as in arXiv 2006.09214, Eq. 4.
+        centers = [level_rows(x, 1).flatten(1, 3).float().sigmoid() for x in centerness]
+        scores = [(x * c).sqrt() for x, c in zip(scores, centers, strict=True)]
+    deltas = [level_rows(x, 4).flatten(1, 3) for x in deltas]
+    return [
+        detector.inference_single_image(
+            anchors, [x[i] for x in scores], [x[i] for x in deltas], size
+        )
+        for i, size in enumerate(image_sizes)
+    ]
+
+
 def _level_candidates(
     anchors, logits, deltas, centerness, criterion, transform, threshold, k, by_logits
 ):

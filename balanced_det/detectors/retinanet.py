@@ -9,8 +9,9 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes
 
 from ..build import refuse_overridden_keys
-from .dense import BalancedDenseDetector, balance_arguments, replace_classifier
+from .dense import BalancedDenseDetector, balance_arguments
 from .matching import match
+from .wide_conv import replace_classifier
 
 _REPLACED_KEYS = {
     "MODEL.RETINANET.FOCAL_LOSS_ALPHA": (0.25, "BALANCE.FocalLoss.ALPHA"),

@@ -12,10 +12,10 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..build import build_criterion, build_sampler, initial_prior, refuse_overridden_keys
+from ..build import build_criterion, build_selection, initial_prior, refuse_overridden_keys
 from ..errors import InputError
 from ..rows import nonzero
-from ..selection import PerForegroundRow, PerQuota, Selection
+from ..selection import PerQuota
 from .matching import Objects, match
 from .proposals import top_proposals
 
@@ -53,7 +53,6 @@ class BalancedRPN(RPN):
         refuse_overridden_keys(cfg, "RPN", _REPLACED_KEYS)
         ret = super().from_config(cfg, input_shape)
         weights = ret["loss_weight"]
-        sampler = build_sampler(cfg, "RPN")
         ret.update(
             criterion=build_criterion(
                 cfg,
@@ -62,11 +61,12 @@ class BalancedRPN(RPN):
                 classification_weight=weights["loss_rpn_cls"],
                 box_weight=weights["loss_rpn_loc"],
             ),
-            selection=Selection(
-                sampler,
-                PerForegroundRow() if sampler.takes_all else PerQuota(),
-                ret["batch_size_per_image"],
-                ret["positive_fraction"],
+            selection=build_selection(
+                cfg,
+                "RPN",
+                sampled=PerQuota(),
+                rows_per_image=ret["batch_size_per_image"],
+                positive_fraction=ret["positive_fraction"],
             ),
             prior_prob=initial_prior(cfg, "RPN"),
         )

@@ -34,6 +34,18 @@ class WideConv2d(nn.Conv2d):
         )
 
 
+def replace_classifier(head, num_anchors_times_logits):
+    """Give a dense head a last layer of as many logits as the classification loss needs."""
+    old = head.cls_score
+    head.cls_score = WideConv2d(
+        old.in_channels, num_anchors_times_logits, old.kernel_size, old.stride, old.padding
+    )
+    if old.out_channels == num_anchors_times_logits:
+        head.cls_score.load_state_dict(old.state_dict())
+    else:
+        nn.init.normal_(head.cls_score.weight, std=0.01)
+
+
 class _WideConvolution(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, dilation):
