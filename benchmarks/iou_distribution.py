@@ -19,6 +19,7 @@ proposals, and so does the call above; of few proposals every sampler takes near
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -27,14 +28,17 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
 from balanced_det.build import build_model
 from balanced_det.config import load_config
 from balanced_det.detectors import BalancedROIHeads
+from balanced_det.detectors.matching import Objects
 from balanced_det.errors import InputError
-from balanced_det.samplers import AllSampler, IoUBalancedSampler, OHEMSampler, RandomSampler
+from balanced_det.samplers import IoUBalancedSampler, OHEMSampler, RandomSampler
+from balanced_det.selection import Quota
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -49,21 +53,6 @@ BIN_WIDTH = 0.05
 NUM_BINS = 10  # background ends at the IoU of 0.5
 
 
-class KeepingSampler(AllSampler):
-    """Take all rows, and keep the IoUs of each image's rows in the order they are taken in."""
-
-    needs_ious = True
-
-    def __init__(self):
-        self.ious = []
-
-    def __call__(self, labels, ious, *args, **kwargs):
-        """Return (positive_idx, negative_idx), as every sampler does."""
-        chosen = super().__call__(labels, ious, *args, **kwargs)
-        self.ious.append(ious[torch.cat(chosen)])
-        return chosen
-
-
 def labelled_images(cfg, dataset):
     """Return a loader of one image at a time, resized as in evaluation, with its objects."""
     resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
@@ -73,7 +62,7 @@ def labelled_images(cfg, dataset):
 
 @torch.no_grad()
 def labelled_proposals(model, image):
-    """Return (labels, ious, losses), (R,) each, of all proposals that training would choose from.
+    """Return the :class:`Rows` of all proposals that training would choose from, with losses.
 
     Args:
         model: a ``GeneralizedRCNN`` with ``BalancedROIHeads``, in evaluation mode but for its
@@ -84,16 +73,14 @@ def labelled_proposals(model, image):
     batch = model.preprocess_image([image])
     targets = [image["instances"].to(model.device)]
     features = model.backbone(batch.tensor)
-    proposals, _ = model.proposal_generator(batch, features, targets)
-    heads.sampler = KeepingSampler()
-    proposals = heads.label_and_sample_proposals(proposals, targets)
-    pooled = heads.box_pooler(
-        [features[name] for name in heads.box_in_features], [p.proposal_boxes for p in proposals]
-    )
+    (proposals,), _ = model.proposal_generator(batch, features, targets)
+    boxes = torch.cat([proposals.proposal_boxes.tensor, targets[0].gt_boxes.tensor])  # (R, 4)
+    objects = Objects.of(targets)
+    rows = heads.label_boxes(boxes.unsqueeze(0), [len(boxes)], objects, heads.proposal_matcher)
+    pooled = heads.box_pooler([features[name] for name in heads.box_in_features], [Boxes(boxes)])
     logits, _ = heads.box_predictor(heads.box_head(pooled))
-    labels = proposals[0].gt_classes
-    losses = heads.box_predictor.criterion.classification_loss.row_losses(logits, labels)
-    return labels, heads.sampler.ious[0], losses
+    row_losses = heads.box_predictor.criterion.classification_loss.row_losses
+    return dataclasses.replace(rows, losses=row_losses(logits.unsqueeze(0), rows.labels))
 
 
 def measure(config, weights, opts, num_samples, draws):
@@ -111,26 +98,24 @@ def measure(config, weights, opts, num_samples, draws):
     if not isinstance(heads, BalancedROIHeads):
         raise InputError(f"{config} has no BalancedROIHeads, whose proposals could be sampled.")
     model.proposal_generator.train()
-    num_samples = num_samples or heads.batch_size_per_image
-    settings = (num_samples, heads.positive_fraction, heads.num_classes)
+    quota = Quota(num_samples or heads.batch_size_per_image, heads.positive_fraction)
     loader = labelled_images(cfg, cfg.DATASETS.TEST[0])
 
     taken = {name: [] for name in ("all", *SAMPLERS)}  # the IoUs of the rows
     generator = torch.Generator(model.device).manual_seed(0)
     with EventStorage():
         for (image,) in tqdm(loader, desc=Path(config).stem):
-            labels, ious, losses = labelled_proposals(model, image)
-            taken["all"].append(ious[labels == heads.num_classes])
+            rows = labelled_proposals(model, image)
+            taken["all"].append(rows.ious[rows.background])
             for name, sampler in SAMPLERS.items():
                 for _ in range(1 if sampler.needs_losses else draws):
-                    options = dict(losses=losses, generator=generator)
-                    _, negative = sampler(labels, ious, *settings, **options)
-                    taken[name].append(ious[negative])
+                    chosen = sampler(rows, quota, generator)
+                    taken[name].append(rows.ious[chosen & rows.background])
     taken = {name: torch.cat(ious).cpu() for name, ious in taken.items()}
     return {
         "config": str(config),
         "images": len(loader),
-        "samples_an_image": num_samples,
+        "samples_an_image": quota.rows_per_image,
         "background_an_image": len(taken["all"]) / len(loader),
         "background_sampled_an_image": len(taken["hardest"]) / len(loader),
         "share_above_0.05": {

@@ -66,7 +66,7 @@ class BalancedCascadeROIHeads(BatchedROIHeads, CascadeROIHeads):
         boxes = [p.proposal_boxes.tensor for p in proposals]
         sizes = [len(b) for b in boxes]
         objects, padded = Objects.of(targets), pad(boxes)
-        rows = self._label(padded, sizes, objects, self.proposal_matchers[stage])
+        rows = self.label_boxes(padded, sizes, objects, self.proposal_matchers[stage])
         rows = rows.keep((padded[..., 2:] > padded[..., :2]).all(dim=2))
         if self.selection.sampler.needs_ious:
             rows = self.selection(rows)

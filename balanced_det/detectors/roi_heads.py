@@ -58,7 +58,7 @@ class BatchedROIHeads:
             boxes = [torch.cat([b, t.gt_boxes.tensor]) for b, t in zip(boxes, targets, strict=True)]
         objects = Objects.of(targets)
         padded = pad(boxes)  # (N, R, 4)
-        rows = self._label(padded, [len(b) for b in boxes], objects, self.proposal_matcher)
+        rows = self.label_boxes(padded, [len(b) for b in boxes], objects, self.proposal_matcher)
         if not self.selection.sampler.needs_losses:
             rows = self.selection(rows)
         counts = rows.takes_part.sum(dim=1).tolist()  # the one copy to the host
@@ -74,7 +74,7 @@ class BatchedROIHeads:
             gt_boxes=Boxes(objects.boxes[image, matched]),
         )
 
-    def _label(self, boxes, sizes, objects, matcher):
+    def label_boxes(self, boxes, sizes, objects, matcher):
         """Return the :class:`~balanced_det.selection.Rows` of padded boxes (N, R, 4).
 
         Args:

@@ -52,25 +52,20 @@ class BalancedRPN(RPN):
         """Translate the config, see :class:`BalancedRPN`."""
         refuse_overridden_keys(cfg, "RPN", _REPLACED_KEYS)
         ret = super().from_config(cfg, input_shape)
-        weights = ret["loss_weight"]
-        ret.update(
-            criterion=build_criterion(
-                cfg,
-                "RPN",
-                num_classes=1,
-                classification_weight=weights["loss_rpn_cls"],
-                box_weight=weights["loss_rpn_loc"],
-            ),
-            selection=build_selection(
-                cfg,
-                "RPN",
-                sampled=PerQuota(),
-                rows_per_image=ret["batch_size_per_image"],
-                positive_fraction=ret["positive_fraction"],
-            ),
-            prior_prob=initial_prior(cfg, "RPN"),
-        )
-        return ret
+        weights = {
+            "classification_weight": ret["loss_weight"]["loss_rpn_cls"],
+            "box_weight": ret["loss_weight"]["loss_rpn_loc"],
+        }
+        quota = {
+            "rows_per_image": ret["batch_size_per_image"],
+            "positive_fraction": ret["positive_fraction"],
+        }
+        return {
+            **ret,
+            "criterion": build_criterion(cfg, "RPN", num_classes=1, **weights),
+            "selection": build_selection(cfg, "RPN", sampled=PerQuota(), **quota),
+            "prior_prob": initial_prior(cfg, "RPN"),
+        }
 
     @property
     def row_features(self):
@@ -80,9 +75,7 @@ class BalancedRPN(RPN):
     def label_rows(self, features, instances):
         """Return the labels (N, R) of a batch's anchors, after sampling where that needs no losses.
 
-        Args:
-            features: one tensor a level, of which only the last two sizes matter.
-            instances: one ``Instances`` an image, with ``gt_boxes`` and ``gt_classes``.
+        Of ``features``, one tensor a level, only the last two sizes matter.
         """
         rows, _ = self.label_and_sample_anchors(self.anchor_generator(features), instances)
         return (rows if self.selection.sampler.needs_losses else self.selection(rows)).labels
@@ -101,13 +94,8 @@ class BalancedRPN(RPN):
     def label_and_sample_anchors(self, anchors, gt_instances):
         """Label the anchors of a batch; which of them take part is chosen in :meth:`losses`.
 
-        Args:
-            anchors: Detectron2's ``Boxes`` of each level, R in all.
-            gt_instances: one ``Instances`` an image.
-
-        Returns:
-            (:class:`~balanced_det.selection.Rows`, (N, R); the batch's
-            :class:`~balanced_det.detectors.matching.Objects`).
+        Arguments as in Detectron2. Returns (:class:`~balanced_det.selection.Rows`, (N, R); the
+        batch's :class:`~balanced_det.detectors.matching.Objects`).
         """
         objects = Objects.of(gt_instances)
         anchors = Boxes.cat(anchors)
