@@ -487,3 +487,43 @@ def test_two_workers_share_the_guided_scale_and_end_with_equal_weights(name, two
     assert moved > 0
     for key, weight in weights.items():
         assert torch.equal(weight, other_weights[key]), key
+
+
+@each_detector
+def test_evaluation_with_gradients_gives_detections_that_can_be_changed_in_place(name):
+    model = build(name).eval()
+    inputs = [dict(x, height=48, width=64) for x in batch()]  # which scales and clips boxes
+    for output in model(inputs):
+        assert output["instances"].image_size == (48, 64)
+
+
+def test_objectness_needs_no_classes():
+    model = build("faster")
+    inputs = batch()
+    images = model.preprocess_image(inputs)
+    features = model.backbone(images.tensor)
+    losses = []
+    for with_classes in (True, False):
+        instances = [x["instances"] for x in inputs]
+        if not with_classes:
+            instances = [Instances(x.image_size, gt_boxes=x.gt_boxes) for x in instances]
+        torch.manual_seed(0)
+        with EventStorage():
+            losses.append(model.proposal_generator(images, features, instances)[1])
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["retinanet", "faster"])
+def test_a_threshold_set_on_a_built_model_takes_effect_or_is_refused(name):
+    part = "DENSE" if name == "retinanet" else "ROI_HEADS"
+    model = build(name).eval()
+    owner = model if name == "retinanet" else model.roi_heads.box_predictor
+    for threshold in (0.0, 1.1):
+        owner.test_score_thresh = threshold
+        found = [len(x["instances"]) for x in model(batch())]
+        assert (max(found) > 0) == (threshold == 0)
+    counted = build(name, {f"BALANCE.{part}.SCORE_THRESHOLD": "ForegroundThreshold"})
+    owner = counted if name == "retinanet" else counted.roi_heads.box_predictor
+    with pytest.raises(InputError, match="ForegroundThreshold, which is counted"):
+        owner.test_score_thresh = 0.5

@@ -309,4 +309,5 @@ def _instances(image_sizes, found, boxes, scores, classes, position):
 
 
 def _cut(lines, lengths):
-    return [line[:length] for line, length in zip(lines, lengths, strict=True)]
+    # Not by iterating, whose views may not be changed in place where there are gradients.
+    return [lines[index, :length] for index, length in enumerate(lengths)]

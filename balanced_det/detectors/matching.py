@@ -29,9 +29,16 @@ class Objects:
 
     @classmethod
     def of(cls, instances) -> "Objects":
-        """Collect the ``gt_boxes`` and ``gt_classes`` of a list of Detectron2's ``Instances``."""
+        """Collect the ``gt_boxes`` and ``gt_classes`` of a list of Detectron2's ``Instances``.
+
+        Objects without ``gt_classes``, which an RPN does not need, are all of class 0.
+        """
         boxes = pad([x.gt_boxes.tensor for x in instances])
-        classes = pad([x.gt_classes for x in instances], -1)
+        classes = [
+            x.gt_classes if x.has("gt_classes") else x.gt_boxes.tensor.new_zeros(len(x)).long()
+            for x in instances
+        ]
+        classes = pad(classes, -1)
         if boxes.shape[1] == 0:
             boxes, classes = F.pad(boxes, (0, 0, 0, 1)), F.pad(classes, (0, 1), value=-1)
         return cls(boxes, classes)

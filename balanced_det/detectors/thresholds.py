@@ -1,5 +1,7 @@
 """The seam at which Detectron2 reads score thresholds, see :mod:`balanced_det.thresholds`."""
 
+from ..errors import InputError
+
 
 class CountedScoreThreshold:
     """Gives Detectron2, which reads ``test_score_thresh``, the value of ``score_threshold``.
@@ -14,4 +16,16 @@ class CountedScoreThreshold:
 
     @test_score_thresh.setter
     def test_score_thresh(self, value):
-        """Ignore what Detectron2's constructor sets: ``score_threshold`` has it."""
+        """Set a fixed threshold of a model that is built; refuse it where the threshold is counted.
+
+        What Detectron2's constructor sets is what ``score_threshold`` is made of.
+        """
+        threshold = getattr(self, "score_threshold", None)
+        if threshold is None:
+            return
+        if threshold.counts:
+            raise InputError(
+                f"The score threshold is a {type(threshold).__name__}, which is counted: put "
+                "another into the model's 'score_threshold' to set a number."
+            )
+        threshold.fixed = value
