@@ -9,6 +9,7 @@ import torch
 from detectron2 import modeling
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 
 from .config.keys import SLOTS, method_names
 from .config.lazy import lazy_config
@@ -187,6 +188,14 @@ def initial_prior(cfg, part) -> float | None:
 def build_sampler(cfg, part):
     """Build the sampler of one part of a detector, see :mod:`balanced_det.samplers`."""
     return _build_method(cfg, _part(part), "SAMPLER")
+
+
+def build_classifier(cfg, part, in_features: int, num_logits: int) -> nn.Module | None:
+    """Build the last layer that a part's slot asks for; None is Detectron2's linear one."""
+    part = _part(part)
+    if cfg.BALANCE[part.name].CLASSIFIER is None:
+        return None
+    return _build_method(cfg, part, "CLASSIFIER", in_features=in_features, out_features=num_logits)
 
 
 def quota_arguments(cfg, part, sampler) -> dict:

@@ -19,7 +19,7 @@ from balanced_det.pyramid import BalancedFeaturePyramid
 from balanced_det.registry import Registry
 
 # What a detector passes itself: it is no choice of the config.
-PASSED_BY_DETECTORS = {"num_classes", "backbone", "fixed"}
+PASSED_BY_DETECTORS = {"num_classes", "backbone", "fixed", "in_features", "out_features"}
 METHODS = [method for registry in SLOTS.values() for _, method in registry]
 
 
@@ -73,8 +73,9 @@ def test_every_node_is_a_part_or_a_method():
 @pytest.mark.parametrize("slot", slot_keys())
 def test_every_slot_defaults_to_a_registered_method(slot):
     default = default_values()[slot]
-    # Detectron2's scores are as they are; every other slot has a method.
-    assert default in slot_keys()[slot] or (default is None and slot.endswith("SCORE_CALIBRATION"))
+    # Detectron2's scores are as they are and its last layer is linear; other slots have a method.
+    can_be_off = slot.endswith(("SCORE_CALIBRATION", "CLASSIFIER"))
+    assert default in slot_keys()[slot] or (default is None and can_be_off)
 
 
 def test_a_method_whose_argument_no_config_can_hold_is_not_registered():
@@ -190,6 +191,11 @@ UNUSED = {
         {"BALANCE.ROI_HEADS.SCORE_THRESHOLD": "ForegroundThreshold", "BALANCE.COUNT_IMAGES": 5},
         "nothing is counted",
     ),
+    "scale of a linear classifier": (
+        FASTER,
+        {"BALANCE.CosineLinear.SCALE": 10.0},
+        "no slot of the model names 'CosineLinear'",
+    ),
     "figure without GHM": (FASTER, {"BALANCE.GRADIENT_FIGURE_PERIOD": 5}, "no loss of the model"),
     "strength of no weights": (
         RETINANET,
@@ -258,6 +264,10 @@ USED = {
     "calibration": (
         FASTER,
         {"BALANCE.ROI_HEADS.SCORE_CALIBRATION": "NorCal", "BALANCE.NorCal.GAMMA": 0.3},
+    ),
+    "classifier": (
+        CASCADE,
+        {"BALANCE.ROI_HEADS.CLASSIFIER": "CosineLinear", "BALANCE.CosineLinear.SCALE": 10.0},
     ),
     "pyramid": (PYRAMID, {"BALANCE.PYRAMID.REFINE_LEVEL": 1}),
     "figure": (

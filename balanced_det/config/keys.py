@@ -12,6 +12,7 @@ The default of every slot reproduces Detectron2's own detector. ``None`` is off,
 from detectron2.config import CfgNode
 
 from ..calibration import SCORE_CALIBRATIONS
+from ..cosine import CLASSIFIERS
 from ..errors import InputError
 from ..losses import BOX_LOSSES, CLASSIFICATION_LOSSES
 from ..parts import PARTS, Part
@@ -28,6 +29,7 @@ SLOTS = {
     "SAMPLER": SAMPLERS,
     "SCORE_THRESHOLD": SCORE_THRESHOLDS,
     "SCORE_CALIBRATION": SCORE_CALIBRATIONS,
+    "CLASSIFIER": CLASSIFIERS,
 }
 PYRAMID_BUILDER = "build_balanced_pyramid_backbone"
 
@@ -167,6 +169,9 @@ def _slot_defaults(part: Part):
         slots["SCORE_THRESHOLD"] = "FixedThreshold"
         # How scores are corrected at test time; None leaves them as the loss trains them.
         slots["SCORE_CALIBRATION"] = None
+    if part.has_classifier:
+        # The last layer: None is a linear one, "CosineLinear" that of Seesaw loss and ECM.
+        slots["CLASSIFIER"] = None
     return slots
 
 
