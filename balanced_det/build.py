@@ -11,7 +11,7 @@ from detectron2.config import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from .config.keys import SLOTS, method_names
+from .config.keys import SLOTS, method_names, method_weights
 from .config.lazy import lazy_config
 from .config.ranges import check_ranges
 from .config.reads import recorded
@@ -131,16 +131,14 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
         loss.initial_bias(initial_prior(cfg, part))
     except InputError as error:
         raise InputError(f"BALANCE.{part.name}.PRIOR_PROB: {error}") from None
-    options = {"box_weight": node.BOX_WEIGHT * box_weight}
+    box_losses, box_weights = _build_box_losses(cfg, part)
+    options = {"box_weight": [node.BOX_WEIGHT * box_weight * weight for weight in box_weights]}
     if node.GUIDED_LOSS:
         # The scaled loss has the size of the box loss, whatever its weight was.
         options.update(guided=True, guided_factor=node.GUIDED_FACTOR)
     else:
         options["classification_weight"] = node.CLASSIFICATION_WEIGHT * classification_weight
     calibration = _build_calibration(cfg, part, loss)
-    box_losses = [
-        _build_method(cfg, part, "BOX_LOSS", name) for name in method_names(node.BOX_LOSS)
-    ]
     criterion = Criterion(loss, box_losses, calibration=calibration, **options)
     if part.counts_rows and _counts.get():
         _warn_unless_counted(criterion, part, node)
@@ -266,6 +264,16 @@ def _build_classification_loss(cfg, part, num_classes):
             sampler,
         )
     return loss
+
+
+def _build_box_losses(cfg, part):
+    """Return the box losses that a part's slot names, and the weight of each."""
+    key, value = f"BALANCE.{part.name}.BOX_LOSS", cfg.BALANCE[part.name].BOX_LOSS
+    names = method_names(value)
+    if len({*names}) < len(names):
+        raise InputError(f"{key} is {value!r}; give each loss once, with its weight.")
+    losses = [_build_method(cfg, part, "BOX_LOSS", name) for name in names]
+    return losses, method_weights(value, key)
 
 
 def _weigh_classes(cfg, part, loss):
