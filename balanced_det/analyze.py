@@ -25,6 +25,7 @@ from .data.statistics import COMMON_MAX_IMAGES, RARE_MAX_IMAGES, dataset_statist
 from .data.survey import Columns, NearDuplicates
 from .detectors.anchor_fit import IOU_BINS, MISSED_IOU, AnchorFit, fit_anchors
 from .errors import InputError
+from .losses.tail import tail_is_useful
 from .report import Page, figures, telling, write_csv, write_json
 
 GROUPS = ("rare", "common", "frequent")
@@ -309,10 +310,10 @@ def _about_tail(a):
         f"{COMMON_MAX_IMAGES} images; here {_tail_threshold(a):.3g} means "
         f"{_n(int(_tail_threshold(a) * a.num_training))}."
     )
-    if rules.tail_is_useful(here, total) and here <= rules.SUGGESTED_TAIL_SHARE * total:
+    if tail_is_useful(here, total) and here <= rules.SUGGESTED_TAIL_SHARE * total:
         warning = (
             ""
-            if rules.tail_is_useful(lvis, total)
+            if tail_is_useful(lvis, total)
             else f" Its default of {rules.LVIS_TAIL_THRESHOLD} is LVIS's number and would make "
             f"{_n(lvis)} of {_n(total)} classes tail."
         )

@@ -9,8 +9,9 @@ import torch
 from detectron2 import modeling
 from detectron2.config import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 
-from .config.keys import SLOTS, method_names
+from .config.keys import SLOTS, method_names, method_weights
 from .config.lazy import lazy_config
 from .config.ranges import check_ranges
 from .config.reads import recorded
@@ -131,16 +132,14 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
         loss.initial_bias(initial_prior(cfg, part))
     except InputError as error:
         raise InputError(f"BALANCE.{part.name}.PRIOR_PROB: {error}") from None
-    options = {"box_weight": node.BOX_WEIGHT * box_weight}
+    box_losses, box_weights = _build_box_losses(cfg, part)
+    options = {"box_weight": [node.BOX_WEIGHT * box_weight * weight for weight in box_weights]}
     if node.GUIDED_LOSS:
         # The scaled loss has the size of the box loss, whatever its weight was.
         options.update(guided=True, guided_factor=node.GUIDED_FACTOR)
     else:
         options["classification_weight"] = node.CLASSIFICATION_WEIGHT * classification_weight
     calibration = _build_calibration(cfg, part, loss)
-    box_losses = [
-        _build_method(cfg, part, "BOX_LOSS", name) for name in method_names(node.BOX_LOSS)
-    ]
     criterion = Criterion(loss, box_losses, calibration=calibration, **options)
     if part.counts_rows and _counts.get():
         _warn_unless_counted(criterion, part, node)
@@ -210,6 +209,14 @@ def build_selection(cfg, part, *, always=None, sampled=None, **quota) -> Selecti
     return Selection(sampler, always or (None if sampler.takes_all else sampled), **quota)
 
 
+def build_classifier(cfg, part, in_features: int, num_logits: int) -> nn.Module | None:
+    """Build the last layer that a part's slot asks for; None is Detectron2's linear one."""
+    part = _part(part)
+    if cfg.BALANCE[part.name].CLASSIFIER is None:
+        return None
+    return _build_method(cfg, part, "CLASSIFIER", in_features=in_features, out_features=num_logits)
+
+
 def build_score_threshold(cfg, part, num_classes, fixed):
     """Build the threshold that a part's slot asks for; ``fixed`` is Detectron2's own."""
     part = _part(part)
@@ -270,6 +277,16 @@ def _build_classification_loss(cfg, part, num_classes):
             sampler,
         )
     return loss
+
+
+def _build_box_losses(cfg, part):
+    """Return the box losses that a part's slot names, and the weight of each."""
+    key, value = f"BALANCE.{part.name}.BOX_LOSS", cfg.BALANCE[part.name].BOX_LOSS
+    names = method_names(value)
+    if len({*names}) < len(names):
+        raise InputError(f"{key} is {value!r}; give each loss once, with its weight.")
+    losses = [_build_method(cfg, part, "BOX_LOSS", name) for name in names]
+    return losses, method_weights(value, key)
 
 
 def _weigh_classes(cfg, part, loss):

@@ -14,6 +14,7 @@ class Part:
         prior_prob: the probability that every class starts with; None is a bias of zero.
         has_classes: False for objectness: one logit a row, and nothing is counted a class.
         counts_rows: rows are labelled without the network, so they can be counted before training.
+        has_classifier: its last layer is of features of a row alone, and can be exchanged.
         has_quota: how many rows a sampler takes is a key of this node, not one of Detectron2's.
     """
 
@@ -24,6 +25,7 @@ class Part:
     prior_prob: float | None
     has_classes: bool = True
     counts_rows: bool = True
+    has_classifier: bool = False
     has_quota: bool = False
 
 
@@ -50,5 +52,6 @@ ROI_HEADS = Part(
     sampler="RandomSampler",
     prior_prob=None,
     counts_rows=False,  # proposals come from the network
+    has_classifier=True,
 )
 PARTS = {part.name: part for part in (DENSE, RPN, ROI_HEADS)}

@@ -1,25 +1,29 @@
 """The keys of ``BALANCE`` come from constructors; what is configured is read, or refused."""
 
 import inspect
+import re
 
 import models
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model as detectron2_build
+from detectron2.utils.events import EventStorage
 from models import CASCADE, FASTER, FCOS, MASK, RETINANET
+from test_detectors import assert_one_sentence
 
 from balanced_det.build import build_model
 from balanced_det.config import add_balanced_det_config
 from balanced_det.config.keys import SLOTS, add_own_node, default_values, slot_keys
 from balanced_det.config.ranges import RANGES, check_ranges, inside
 from balanced_det.config.reads import recorded
+from balanced_det.criterion import Criterion
 from balanced_det.errors import InputError
 from balanced_det.parts import PARTS
 from balanced_det.pyramid import BalancedFeaturePyramid
 from balanced_det.registry import Registry
 
 # What a detector passes itself: it is no choice of the config.
-PASSED_BY_DETECTORS = {"num_classes", "backbone", "fixed"}
+PASSED_BY_DETECTORS = {"num_classes", "backbone", "fixed", "in_features", "out_features"}
 METHODS = [method for registry in SLOTS.values() for _, method in registry]
 
 
@@ -73,8 +77,9 @@ def test_every_node_is_a_part_or_a_method():
 @pytest.mark.parametrize("slot", slot_keys())
 def test_every_slot_defaults_to_a_registered_method(slot):
     default = default_values()[slot]
-    # Detectron2's scores are as they are; every other slot has a method.
-    assert default in slot_keys()[slot] or (default is None and slot.endswith("SCORE_CALIBRATION"))
+    # Detectron2's scores are as they are and its last layer is linear; other slots have a method.
+    can_be_off = slot.endswith(("SCORE_CALIBRATION", "CLASSIFIER"))
+    assert default in slot_keys()[slot] or (default is None and can_be_off)
 
 
 def test_a_method_whose_argument_no_config_can_hold_is_not_registered():
@@ -190,6 +195,11 @@ UNUSED = {
         {"BALANCE.ROI_HEADS.SCORE_THRESHOLD": "ForegroundThreshold", "BALANCE.COUNT_IMAGES": 5},
         "nothing is counted",
     ),
+    "scale of a linear classifier": (
+        FASTER,
+        {"BALANCE.CosineLinear.SCALE": 10.0},
+        "no slot of the model names 'CosineLinear'",
+    ),
     "figure without GHM": (FASTER, {"BALANCE.GRADIENT_FIGURE_PERIOD": 5}, "no loss of the model"),
     "strength of no weights": (
         RETINANET,
@@ -259,6 +269,10 @@ USED = {
         FASTER,
         {"BALANCE.ROI_HEADS.SCORE_CALIBRATION": "NorCal", "BALANCE.NorCal.GAMMA": 0.3},
     ),
+    "classifier": (
+        CASCADE,
+        {"BALANCE.ROI_HEADS.CLASSIFIER": "CosineLinear", "BALANCE.CosineLinear.SCALE": 10.0},
+    ),
     "pyramid": (PYRAMID, {"BALANCE.PYRAMID.REFINE_LEVEL": 1}),
     "figure": (
         RETINANET,
@@ -294,8 +308,45 @@ def test_several_box_losses_are_added_and_each_has_its_parameters():
     assert [type(loss).__name__ for loss in criterion.box_losses] == ["SmoothL1Loss", "GIoULoss"]
     assert criterion.box_losses[0].beta == 0.2
     assert criterion.box_weights == [3.0, 3.0]
-    with pytest.raises(InputError, match="BALANCE.DENSE.BOX_LOSS: unknown box loss ''"):
-        build_model(config(RETINANET, {"BALANCE.DENSE.BOX_LOSS": "GIoULoss +"}))
+
+
+@pytest.mark.parametrize(
+    "keys, part", [(RETINANET, "DENSE"), (FCOS, "DENSE"), (FASTER, "RPN"), (CASCADE, "ROI_HEADS")]
+)
+def test_box_losses_have_weights_of_their_own_and_train(keys, part):
+    choice = {
+        f"BALANCE.{part}.BOX_LOSS": "GIoULoss+0.5*BalancedL1Loss",
+        f"BALANCE.{part}.BOX_WEIGHT": 3.0,
+        "BALANCE.BalancedL1Loss.BETA": 0.2,  # read, so not refused
+    }
+    model = build_model(config(keys, choice)).train()
+    criteria = [
+        module
+        for module in model.modules()
+        if isinstance(module, Criterion) and len(module.box_losses) == 2
+    ]
+    assert len(criteria) == (3 if keys is CASCADE else 1)
+    with EventStorage():
+        sum(model(models.batch()).values()).backward()
+    for criterion in criteria:
+        assert criterion.box_weights == [3.0, 1.5]
+        assert {"loss_box_GIoULoss", "loss_box_BalancedL1Loss"} <= criterion.monitored.keys()
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("GIoULoss +", "unknown box loss ''"),
+        ("GIoULoss + x * SmoothL1Loss", "'x' is no weight"),
+        ("GIoULoss + -1 * SmoothL1Loss", "'-1' is no weight"),
+        ("nan * GIoULoss", "'nan' is no weight"),
+        ("GIoULoss + 2 * GIoULoss", "give each loss once"),
+    ],
+)
+def test_box_losses_that_cannot_be_are_refused_in_one_sentence(value, message):
+    with pytest.raises(InputError, match=f"^BALANCE.DENSE.BOX_LOSS.*{re.escape(message)}") as no:
+        build_model(config(RETINANET, {"BALANCE.DENSE.BOX_LOSS": value}))
+    assert_one_sentence(no.value)
 
 
 # --- What is out of range -------------------------------------------------------------------------

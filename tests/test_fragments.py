@@ -3,10 +3,12 @@
 import pytest
 import yaml
 from test_configs import FOLDER, FRAGMENTS, relative
+from test_detectors import assert_one_sentence
 
 from balanced_det.build import build_model
 from balanced_det.config import load_config, parse_args
 from balanced_det.config.reads import leaves
+from balanced_det.cosine import CosineLinear
 from balanced_det.errors import InputError
 
 BASES = {
@@ -14,11 +16,27 @@ BASES = {
     "retinanet": ("lvis_v1/Base-RetinaNet", "Base-shapes-RetinaNet", "shapes/retinanet_ghmc"),
     "fcos": ("lvis_v1/Base-FCOS", "Base-shapes-FCOS"),
 }
+FITTING = {
+    detector: sorted(
+        path.stem for path in (*FRAGMENTS.glob("*.yaml"), *(FRAGMENTS / detector).glob("*.yaml"))
+    )
+    for detector in BASES
+}
+# Calibrating a softmax, on a base whose loss is none.
+NO_SOFTMAX = ("quickstart", "norcal")
 PAIRS = [
-    (base, path.stem)
+    (base, fragment)
     for detector, bases in BASES.items()
     for base in bases
-    for path in sorted([*FRAGMENTS.glob("*.yaml"), *(FRAGMENTS / detector).glob("*.yaml")])
+    for fragment in FITTING[detector]
+    if (base, fragment) != NO_SOFTMAX
+]
+# Each fragment with a base of each detector that it is not for.
+STRANGERS = [
+    (bases[0], fragment)
+    for detector, bases in BASES.items()
+    for fragment in sorted({path.stem for path in FRAGMENTS.rglob("*.yaml")})
+    if fragment not in FITTING[detector]
 ]
 
 
@@ -30,6 +48,64 @@ def load(base, *fragments):
 @pytest.mark.parametrize("base, fragment", PAIRS)
 def test_a_fragment_builds_a_model_on_every_base_that_it_fits(base, fragment):
     build_model(load(base, fragment), count=False)
+
+
+@pytest.mark.parametrize("base, fragment", STRANGERS)
+def test_a_fragment_is_refused_for_a_detector_that_it_does_not_fit(base, fragment):
+    with pytest.raises(InputError, match=f"^--with {fragment}: unknown for .*; known are: ") as no:
+        load(base, fragment)
+    assert_one_sentence(no.value)
+
+
+# Fragments of defaults, of Detectron2's own keys or of a backbone: no key of ours to be ignored.
+OF_ALL = {"softmax", "class_agnostic_boxes", "balanced_pyramid", "libra"}
+
+
+@pytest.mark.parametrize("fragment", sorted({*FITTING["rcnn"]} - {*FITTING["fcos"]} - OF_ALL))
+def test_a_fragment_of_region_heads_given_by_its_path_is_refused_for_a_dense_detector(fragment):
+    cfg = load("lvis_v1/Base-FCOS", str(FRAGMENTS / "rcnn" / f"{fragment}.yaml"))
+    with pytest.raises(InputError, match="nothing in this model reads it"):
+        build_model(cfg, count=False)
+
+
+def test_norcal_is_refused_for_what_is_no_softmax_and_fits_each_that_is():
+    with pytest.raises(InputError, match="SCORE_CALIBRATION: NorCal needs scores") as refused:
+        build_model(load(*NO_SOFTMAX), count=False)
+    assert_one_sentence(refused.value)
+    for loss in ("softmax", "softmax_eql", "seesaw"):
+        build_model(load("quickstart", loss, "norcal"), count=False)
+
+
+# The loss that each fragment of a loss means, wherever it fits.
+LOSSES = {
+    "drop_loss": "DropLoss",
+    "ecm": "EffectiveClassMarginLoss",
+    "efl": "EqualizedFocalLoss",
+    "eql": "EqualizationLoss",
+    "eqlv2": "EqualizationLossV2",
+    "federated": "FederatedLoss",
+    "seesaw": "SeesawLoss",
+    "softmax": "CrossEntropyLoss",
+    "softmax_eql": "SoftmaxEqualizationLoss",
+}
+
+
+@pytest.mark.parametrize("fragment", LOSSES)
+def test_a_fragment_of_a_loss_trains_that_loss(fragment):
+    for detector, bases in BASES.items():
+        if fragment in FITTING[detector]:
+            model = build_model(load(bases[-1], fragment), count=False)
+            head = model.roi_heads.box_predictor if detector == "rcnn" else model
+            assert type(head.criterion.classification_loss).__name__ == LOSSES[fragment]
+
+
+def test_seesaw_has_the_cosine_classifier_and_sampling_of_its_paper():
+    cfg = load("lvis_v1/Base-Mask-RCNN-FPN", "seesaw")
+    assert cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
+    assert cfg.DATALOADER.REPEAT_THRESHOLD == 0.001
+    layer = build_model(cfg, count=False).roi_heads.box_predictor.cls_score
+    assert isinstance(layer, CosineLinear)
+    assert layer.scale == 20 and layer.out_features == 1203 + 2
 
 
 # A base, the fragments over it, and the file that has the same in one.
@@ -47,6 +123,8 @@ EQUAL = [
     ("Base-RetinaNet", ["ohem"], "coco/retinanet_R_50_FPN_1x_ohem"),
     ("Base-shapes-RetinaNet", ["ghmc_ghmr"], "shapes/retinanet_ghmc_ghmr"),
     ("Base-shapes-RetinaNet", ["balanced_l1"], "shapes/retinanet_balanced_l1"),
+    ("Base-shapes-RetinaNet", ["optimal_prior"], "shapes/retinanet_bias_only"),
+    ("Base-shapes-RetinaNet", ["guided"], "shapes/retinanet_guided_only"),
     ("Base-shapes-RCNN", ["iou_balanced_sampling"], "shapes/faster_rcnn_iou_balanced_sampling"),
     ("Base-shapes-FCOS", ["ghmc_ghmr"], "shapes/fcos_ghmc_ghmr"),
     ("Base-shapes-FCOS", ["sampling_free"], "shapes/fcos_sampling_free"),

@@ -508,13 +508,30 @@ def test_tail_share_takes_the_rarest_classes_in_index_order(name):
 
 @each_equalization
 @pytest.mark.parametrize(
-    "options, count", [({"tail_threshold": 0.0}, 0), ({"tail_threshold": 1.0}, K)]
+    "options, count", [({"tail_threshold": 0.0}, 0), ({"tail_threshold": 1.0}, K - 1)]
 )
 def test_tail_of_none_or_all_is_one_warning(name, options, count, caplog):
     loss = build(name, **options)
     loss(*make_rows(loss), 1)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert f"{count} of {K} classes" in caplog.text
+    # One class has no training image.
+    assert f"{count} of the {K - 1} classes that occur" in caplog.text
+
+
+@each_equalization
+@pytest.mark.parametrize("num_tail, warns", [(4, True), (5, False), (95, False), (96, True)])
+def test_tail_of_fewer_than_5_or_more_than_95_percent_is_told_with_the_key(
+    name, num_tail, warns, caplog
+):
+    # Of 100 classes that occur, and 100 that do not, which are tail whatever the threshold is.
+    frequency = torch.cat([torch.arange(1, 101) / 1000, torch.zeros(100)])
+    options = {"class_frequency": frequency, "tail_threshold": num_tail / 1000 + 0.0005}
+    CLASSIFICATION_LOSSES.get(name)(200, **options)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warns
+    for message in messages:
+        assert f"tail_threshold {num_tail / 1000 + 0.0005} makes {num_tail} of the 100" in message
+        assert f"change BALANCE.{name}.TAIL_THRESHOLD or set BALANCE.{name}.TAIL_SHARE" in message
 
 
 @each_equalization

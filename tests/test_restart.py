@@ -28,7 +28,6 @@ COMMON = {
     "SOLVER.STEPS": "(9,)",
     "SOLVER.CHECKPOINT_PERIOD": 3,
     "DATALOADER.NUM_WORKERS": 1,
-    "DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler",
     "DATALOADER.REPEAT_THRESHOLD": 0.5,
     # An evaluation draws random numbers of its own in between.
     "TEST.EVAL_PERIOD": 4,
@@ -37,6 +36,7 @@ DETECTORS = {
     "dense": (
         "configs/Base-shapes-RetinaNet.yaml",
         {
+            "DATALOADER.SAMPLER_TRAIN": "ClassAwareTrainingSampler",
             "MODEL.RETINANET.NUM_CLASSES": CLASSES,
             "BALANCE.DENSE.CLASSIFICATION_LOSS": "GHMClassificationLoss",
             "BALANCE.DENSE.BOX_LOSS": "GHMRegressionLoss",
@@ -46,6 +46,7 @@ DETECTORS = {
     "two_stage": (
         "configs/quickstart_softmax.yaml",
         {
+            "DATALOADER.SAMPLER_TRAIN": "InstanceAwareRepeatFactorTrainingSampler",
             "MODEL.ROI_HEADS.NUM_CLASSES": CLASSES,
             "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
             "BALANCE.RPN.CLASSIFICATION_LOSS": "GHMClassificationLoss",

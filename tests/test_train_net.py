@@ -144,6 +144,7 @@ def test_log_file_holds_the_projects_own_messages(trained):
     log = (out / "log.txt").read_text()
     assert "balanced_det.evaluation" in log
     assert "train images" in log  # the table of classes
+    assert "EqualizationLoss: tail_threshold 0.1 makes" in log
 
 
 def test_class_frequencies_are_counted_in_the_training_set(trained, data):

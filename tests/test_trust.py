@@ -21,6 +21,7 @@ from torch import nn
 from balanced_det.data import shapes
 from balanced_det.data.loader import TrainLoader
 from balanced_det.data.registration import load_detections
+from balanced_det.data.training_samplers import TRAINING_SAMPLERS
 from balanced_det.engine import Trainer, check_run, load_config, locked
 from balanced_det.engine.checkpoint import (
     Checkpointer,
@@ -463,6 +464,7 @@ def test_bad_step_is_skipped_by_key_up_to_its_limit(data, tmp_path):
         "RandomSubsetTrainingSampler",
         "WeightedTrainingSampler",
         "WeightedCategoryTrainingSampler",
+        *TRAINING_SAMPLERS,
     ],
 )
 def test_order_is_detectron2s_and_any_batch_can_be_the_first(data, tmp_path, sampler, grouping):
@@ -476,7 +478,9 @@ def test_order_is_detectron2s_and_any_batch_can_be_the_first(data, tmp_path, sam
         SEED=5,
     )
     ours = TrainLoader(cfg)
+    cfg.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"  # Detectron2 knows not all of the names
     arguments = _train_loader_from_config(cfg)
+    cfg.DATALOADER.SAMPLER_TRAIN = sampler
     arguments["sampler"] = ours.stream().sampler  # those without a seed draw one when they are made
     theirs = build_detection_train_loader.__wrapped__(**arguments)
     batches = [batch for batch, _ in zip(ours, range(20))]
@@ -487,6 +491,35 @@ def test_order_is_detectron2s_and_any_batch_can_be_the_first(data, tmp_path, sam
     assert [image["image_id"] for image in again] == [image["image_id"] for image in batches[13]]
     for image, expected in zip(again, batches[13]):
         assert torch.equal(image["image"], expected["image"])
+
+
+@pytest.mark.parametrize("sampler", TRAINING_SAMPLERS)
+def test_order_without_a_seed_is_that_of_the_runs_own(data, tmp_path, sampler):
+    cfg = config(data, tmp_path, DATALOADER__SAMPLER_TRAIN=sampler, SEED=-1)
+    orders = []
+    for seed in (7, 7, 8):
+        loader = TrainLoader(cfg)
+        loader.seed = seed  # what a checkpoint brings
+        orders.append([sample for batch, _ in zip(loader.stream(), range(50)) for sample in batch])
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_sampling_by_class_without_an_object_is_refused_before_the_run(data, tmp_path):
+    path = tmp_path / "train.json"
+    content = json.loads(data.train_json.read_text())
+    path.write_text(json.dumps({**content, "annotations": []}))
+    sets = [["none", str(path), str(data.image_root)]]
+    keys = {
+        "BALANCE__DATASETS": sets,
+        "DATASETS__TRAIN": ("none",),
+        "DATASETS__TEST": (),
+        "DATALOADER__FILTER_EMPTY_ANNOTATIONS": False,
+        "DATALOADER__SAMPLER_TRAIN": "ClassAwareTrainingSampler",
+        "BALANCE__EqualizationLoss__TAIL_SHARE": 0.5,
+    }
+    with pytest.raises(InputError, match="ClassAwareTrainingSampler needs an object"):
+        check_run(config(data, tmp_path / "out", **keys))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/secret.jpg", "a/../../secret.jpg"])

@@ -9,9 +9,12 @@ own values, ``BALANCE.RPN.SmoothL1Loss.BETA`` beside ``BALANCE.SmoothL1Loss.BETA
 The default of every slot reproduces Detectron2's own detector. ``None`` is off, everywhere.
 """
 
+import math
+
 from detectron2.config import CfgNode
 
 from ..calibration import SCORE_CALIBRATIONS
+from ..cosine import CLASSIFIERS
 from ..errors import InputError
 from ..losses import BOX_LOSSES, CLASSIFICATION_LOSSES
 from ..parts import PARTS, Part
@@ -28,6 +31,7 @@ SLOTS = {
     "SAMPLER": SAMPLERS,
     "SCORE_THRESHOLD": SCORE_THRESHOLDS,
     "SCORE_CALIBRATION": SCORE_CALIBRATIONS,
+    "CLASSIFIER": CLASSIFIERS,
 }
 PYRAMID_BUILDER = "build_balanced_pyramid_backbone"
 
@@ -90,8 +94,31 @@ def slot_keys() -> dict[str, Registry]:
 
 
 def method_names(value: str) -> list[str]:
-    """Return the methods that a slot names: one, or of box losses "SmoothL1Loss + GIoULoss"."""
-    return [name.strip() for name in value.split("+")]
+    """Return the methods that a slot names: one, or of box losses "SmoothL1Loss + 2 * GIoULoss"."""
+    return [term.rpartition("*")[2].strip() for term in value.split("+")]
+
+
+def method_weights(value: str, key: str) -> list[float]:
+    """Return the weight of each of :func:`method_names`, 1 where the slot tells none.
+
+    Raises:
+        InputError: what stands before a "*" is no number of at least 0; it names ``key``.
+    """
+    weights = [term.rpartition("*")[0].strip() for term in value.split("+")]
+    for weight in weights:
+        if weight and not _is_weight(weight):
+            raise InputError(
+                f"{key} is {value!r}: '{weight}' is no weight; several losses are written as "
+                "'SmoothL1Loss + 2.0 * GIoULoss'."
+            )
+    return [float(weight or 1) for weight in weights]
+
+
+def _is_weight(text):
+    try:
+        return 0 <= float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _run_keys():
@@ -158,7 +185,7 @@ def _trust_keys():
 def _slot_defaults(part: Part):
     slots = {
         "CLASSIFICATION_LOSS": part.classification_loss,
-        # One, or several that are added: "SmoothL1Loss + GIoULoss".
+        # One, or several that are added, each with a weight: "SmoothL1Loss + 2.0 * GIoULoss".
         "BOX_LOSS": "SmoothL1Loss",
         "SAMPLER": part.sampler,
     }
@@ -167,6 +194,9 @@ def _slot_defaults(part: Part):
         slots["SCORE_THRESHOLD"] = "FixedThreshold"
         # How scores are corrected at test time; None leaves them as the loss trains them.
         slots["SCORE_CALIBRATION"] = None
+    if part.has_classifier:
+        # The last layer: None is a linear one, "CosineLinear" that of Seesaw loss and ECM.
+        slots["CLASSIFIER"] = None
     return slots
 
 

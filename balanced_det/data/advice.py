@@ -18,8 +18,6 @@ from .survey import Columns
 LVIS_TAIL_THRESHOLD = 0.00177
 # The repeat threshold of LVIS (arXiv 1908.03195): 100 of 100,000 images.
 LVIS_REPEAT_THRESHOLD = 0.001
-# A tail of nearly no class or nearly all of them weighs all classes alike.
-LEAST_TAIL_SHARE, LARGEST_TAIL_SHARE = 0.05, 0.95
 # Above this share a threshold is not suggested: the half of the classes is.
 SUGGESTED_TAIL_SHARE = 0.8
 
@@ -114,11 +112,6 @@ def advise(
         score_threshold=0.0001 if many else 0.01,
         detections=300 if many else 100,
     )
-
-
-def tail_is_useful(num_tail: int, num_present: int) -> bool:
-    """Whether a tail of that many of the classes that occur tells them apart."""
-    return LEAST_TAIL_SHARE <= num_tail / max(num_present, 1) <= LARGEST_TAIL_SHARE
 
 
 def iterations(num_images: int, batch: int) -> int:

@@ -50,6 +50,15 @@ class DatasetStatistics:
         return self.image_count / max(self.num_images, 1)
 
     @cached_property
+    def joint_frequency(self):
+        """(K,) float in [0, 1]: the geometric mean of ``frequency`` and the share of all objects.
+
+        IRFS (arXiv 2305.08069) repeats images by it.
+        """
+        share = self.instance_count / self.instance_count.sum().clamp(min=1)
+        return (self.frequency * share).sqrt()
+
+    @cached_property
     def group(self):
         """The K groups 'r', 'c' or 'f' (:func:`frequency_group`), a list."""
         return [frequency_group(count) for count in self.image_count.tolist()]

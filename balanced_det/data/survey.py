@@ -142,7 +142,7 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return overlap / np.maximum(union, np.finfo(float).tiny)
 
 
-def class_repeats(frequency: np.ndarray, threshold: float) -> np.ndarray:
+def class_repeats(frequency: np.ndarray, threshold: float, sqrt: bool = True) -> np.ndarray:
     """Return how often repeat-factor sampling repeats each class, r(c) = max(1, sqrt(t / f(c))).
 
     Args:
@@ -150,13 +150,15 @@ def class_repeats(frequency: np.ndarray, threshold: float) -> np.ndarray:
             (LVIS, arXiv 1908.03195, appendix B.2); IRFS the geometric mean of that and of the
             class's fraction of all objects (arXiv 2305.08069).
         threshold: t.
+        sqrt: False is Detectron2's option to repeat by t / f(c) itself.
 
     Returns:
         (K,) float; 1 for a class that does not occur.
     """
     present = frequency > 0
     repeats = np.ones(len(frequency))
-    repeats[present] = np.maximum(1, np.sqrt(threshold / frequency[present]))
+    ratio = threshold / frequency[present]
+    repeats[present] = np.maximum(1, np.sqrt(ratio) if sqrt else ratio)
     return repeats
 
 

@@ -2,13 +2,20 @@
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import cat
+from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn import functional as F
 
-from ..build import build_criterion, build_score_threshold, build_selection, initial_prior
+from ..build import (
+    build_classifier,
+    build_criterion,
+    build_score_threshold,
+    build_selection,
+    initial_prior,
+)
+from ..errors import InputError
 from ..rows import nonzero
 from ..selection import Rows
 from .inference import region_detections
@@ -33,15 +40,32 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
             and with a sampler by loss which of the given rows take part.
         score_threshold: the :class:`~balanced_det.thresholds.ScoreThreshold`.
         prior_prob: the probability that every class starts with; None leaves the bias at zero.
+        classifier: the last layer, from a region's features to ``criterion.num_logits`` logits,
+            with ``in_features``, ``out_features`` and ``bias`` of ``nn.Linear``; None is
+            Detectron2's linear one.
         kwargs: Detectron2's own arguments.
+
+    Raises:
+        InputError: the classifier does not fit a region's features or the criterion's logits.
     """
 
     @configurable
     def __init__(
-        self, input_shape, *, criterion, selection, score_threshold, prior_prob=None, **kwargs
+        self,
+        input_shape,
+        *,
+        criterion,
+        selection,
+        score_threshold,
+        prior_prob=None,
+        classifier=None,
+        **kwargs,
     ):
         super().__init__(input_shape, **kwargs)
-        if criterion.num_logits != self.cls_score.out_features:
+        if classifier is not None:
+            _check_classifier(classifier, self.cls_score.in_features, criterion)
+            self.cls_score = classifier
+        elif criterion.num_logits != self.cls_score.out_features:
             self.cls_score = nn.Linear(self.cls_score.in_features, criterion.num_logits)
             nn.init.normal_(self.cls_score.weight, std=0.01)
         with torch.no_grad():
@@ -66,6 +90,9 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
                 cfg, "ROI_HEADS", ret["num_classes"], ret["test_score_thresh"]
             ),
             prior_prob=initial_prior(cfg, "ROI_HEADS"),
+        )
+        ret["classifier"] = build_classifier(
+            cfg, "ROI_HEADS", num_features(input_shape), ret["criterion"].num_logits
         )
         return ret
 
@@ -161,6 +188,21 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         scores = F.pad(self.criterion.scores(predictions[0]), (0, 1))
         # Not len(), which a trace would keep.
         return scores.split([p.proposal_boxes.tensor.shape[0] for p in proposals])
+
+
+def num_features(input_shape: ShapeSpec) -> int:
+    """Return how many numbers a region has: channels, by height and width where it has them."""
+    return input_shape.channels * (input_shape.width or 1) * (input_shape.height or 1)
+
+
+def _check_classifier(classifier, in_features, criterion):
+    expected = in_features, criterion.num_logits
+    found = classifier.in_features, classifier.out_features
+    if found != expected:
+        raise InputError(
+            f"The classifier {classifier} takes {found[0]} features to {found[1]} logits; a region "
+            f"has {expected[0]} and {type(criterion.classification_loss).__name__} {expected[1]}."
+        )
 
 
 def proposal_selection(cfg):

@@ -66,7 +66,7 @@ def check_run(cfg, eval_only=False, resume=False, num_workers=1):
     if not eval_only:
         _check_loader(cfg, num_workers)
         amp_dtype(cfg)
-        training_statistics(cfg)
+        _check_sampler(cfg)
         check_model_classes(cfg, cfg.DATASETS.TRAIN)
         if cfg.BALANCE.GRADIENT_FIGURE_PERIOD:
             PlotGradients(cfg.BALANCE.GRADIENT_FIGURE_PERIOD, cfg.OUTPUT_DIR)  # for its checks
@@ -146,7 +146,14 @@ def _check_loader(cfg, num_workers):
         raise InputError(
             f"BALANCE.ACCUMULATE_STEPS is {cfg.BALANCE.ACCUMULATE_STEPS}; it must be at least 1."
         )
-    _check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, _TRAIN_SAMPLERS)
+
+
+def _check_sampler(cfg):
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    _check_choice("DATALOADER.SAMPLER_TRAIN", name, _TRAIN_SAMPLERS)
+    has_objects = training_statistics(cfg).instance_count.any()
+    if name == "ClassAwareTrainingSampler" and not has_objects:
+        raise InputError(f"DATALOADER.SAMPLER_TRAIN: {name} needs an object; there is none.")
 
 
 def _check_choice(key, value, choices):

@@ -24,6 +24,7 @@ from ..gradient_figure import PlotGradients
 from .checkpoint import build_checkpointer, load_weights
 from .classes import check_model_classes
 from .hooks import KeepFrozenStatistics, LogMonitored, RestartablePreciseBN
+from .imbalance import log_remedies
 from .step import TrainStep, amp_dtype
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class Trainer(DefaultTrainer):
 
     def train(self):
         """Train; return the results of the last evaluation, or None on workers but the main one."""
+        log_remedies(self.cfg, self.model)
         logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
         super().train()
         return getattr(self, "_last_eval_results", None)

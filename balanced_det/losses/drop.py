@@ -50,7 +50,9 @@ class DropLoss(SigmoidLoss):
         tail_share: float | None = None,
     ):
         super().__init__(num_classes)
-        self.tail = TailClasses(num_classes, class_frequency, tail_threshold, tail_share)
+        self.tail = TailClasses(
+            num_classes, class_frequency, tail_threshold, tail_share, loss=type(self).__name__
+        )
 
     @property
     def class_frequency(self) -> Tensor:

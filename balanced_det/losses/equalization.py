@@ -35,7 +35,7 @@ class EqualizationLoss(SigmoidLoss):
 
     Raises:
         InputError: for frequencies of another length than K or outside [0, 1]; in ``forward``
-            while they are unknown. A tail of no class, or of all, is logged as a warning.
+            while they are unknown. A tail of nearly no class, or nearly all, is a warning.
     """
 
     needs = ("class_frequency",)
@@ -50,7 +50,9 @@ class EqualizationLoss(SigmoidLoss):
         tail_share: float | None = None,
     ):
         super().__init__(num_classes)
-        self.tail = TailClasses(num_classes, class_frequency, tail_threshold, tail_share)
+        self.tail = TailClasses(
+            num_classes, class_frequency, tail_threshold, tail_share, loss=type(self).__name__
+        )
 
     @property
     def class_frequency(self) -> Tensor:

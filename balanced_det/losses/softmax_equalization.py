@@ -52,7 +52,9 @@ class SoftmaxEqualizationLoss(SoftmaxLoss):
         super().__init__(num_classes)
         if not 0 <= drop_probability <= 1:
             raise InputError(f"drop_probability must be in [0, 1], not {drop_probability}.")
-        self.tail = TailClasses(num_classes, class_frequency, tail_threshold, tail_share)
+        self.tail = TailClasses(
+            num_classes, class_frequency, tail_threshold, tail_share, loss=type(self).__name__
+        )
         self.drop_probability = drop_probability
 
     @property

@@ -11,6 +11,14 @@ from .statistic import ClassStatistic
 
 logger = logging.getLogger(__name__)
 
+# A tail of nearly no class or nearly all of them weighs all classes alike.
+LEAST_TAIL_SHARE, LARGEST_TAIL_SHARE = 0.05, 0.95
+
+
+def tail_is_useful(num_tail: int, num_present: int) -> bool:
+    """Whether a tail of that many of the classes that occur tells them apart."""
+    return LEAST_TAIL_SHARE <= num_tail / max(num_present, 1) <= LARGEST_TAIL_SHARE
+
 
 class TailClasses(ClassStatistic):
     """Which of K classes are the tail, from their frequency.
@@ -23,11 +31,12 @@ class TailClasses(ClassStatistic):
         tail_share: a share of classes in (0, 1) that replaces the threshold when given: the rarest
             round(tail_share K) classes are the tail; of equally rare classes those of
             smaller index come first.
+        loss: name of the loss that has these classes, whose keys a warning names.
 
     Attributes:
         class_frequency: (K,) buffer, saved with the checkpoint; NaN while unknown.
 
-    A tail of no class, or of all, is logged as a warning.
+    A tail of fewer than 5% or more than 95% of the classes that occur is logged as a warning.
     """
 
     name = "class_frequency"
@@ -39,8 +48,11 @@ class TailClasses(ClassStatistic):
         class_frequency: Sequence[float] | Tensor | None,
         tail_threshold: float,
         tail_share: float | None = None,
+        *,
+        loss: str,
     ):
         super().__init__(num_classes, class_frequency)
+        self.loss = loss
         if tail_share is not None and not 0 < tail_share < 1:
             raise InputError(f"tail_share must lie between 0 and 1, exclusive, not {tail_share}.")
         self.tail_threshold = tail_threshold
@@ -75,24 +87,44 @@ class TailClasses(ClassStatistic):
 
     def derive(self) -> None:
         """Find the tail."""
-        frequency, num_classes = self.class_frequency, len(self.class_frequency)
+        frequency = self.class_frequency
         if self.tail_share is None:
             tail = frequency < self.tail_threshold
-            setting = f"tail_threshold {self.tail_threshold}"
         else:
             tail = torch.zeros_like(self._mask)
             rarest_first = frequency.argsort(stable=True)
-            tail[rarest_first[: round(self.tail_share * num_classes)]] = True
-            setting = f"tail_share {self.tail_share}"
-        count = int(tail.sum())
-        if count in (0, num_classes):
-            logger.warning(
-                "%s makes %d of %d classes tail classes (class frequencies are %.3g to %.3g).",
-                setting,
-                count,
-                num_classes,
-                frequency.min(),
-                frequency.max(),
-            )
+            tail[rarest_first[: round(self.tail_share * len(frequency))]] = True
         self._mask.copy_(tail)
         self._negative_weight.copy_(~tail)
+        self._warn_unless_useful()
+
+    @property
+    def setting(self) -> str:
+        """What makes the tail, for messages: "tail_threshold 0.00177"."""
+        if self.tail_share is None:
+            return f"tail_threshold {self.tail_threshold}"
+        return f"tail_share {self.tail_share}"
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many of the classes that occur are tail, and how many these are."""
+        present = self.class_frequency > 0
+        return int((self._mask & present).sum()), int(present.sum())
+
+    def _warn_unless_useful(self):
+        num_tail, num_present = self.counts()
+        if not tail_is_useful(num_tail, num_present):
+            frequency = self.class_frequency[self.class_frequency > 0].tolist() or [0.0]
+            key = f"BALANCE.{self.loss}"
+            logger.warning(
+                "%s: %s makes %d of the %d classes that occur tail classes, whose frequencies are "
+                "%.3g to %.3g, so it tells them hardly apart; change %s.TAIL_THRESHOLD or set "
+                "%s.TAIL_SHARE.",
+                self.loss,
+                self.setting,
+                num_tail,
+                num_present,
+                min(frequency),
+                max(frequency),
+                key,
+                key,
+            )
