@@ -518,7 +518,7 @@ def _show_differences(page, c):
                 continue
             rows.append(
                 {
-                    "setup": entry.name,
+                    "setup": _label(c, entry),
                     f"difference in {metric}": float(difference.value[m]),
                     "low": float(difference.low[m]),
                     "high": float(difference.high[m]),
@@ -533,6 +533,12 @@ def _show_differences(page, c):
                 ),
                 f"{metric} less that of {c.first.name}, percent, with 95% intervals.",
             )
+
+
+def _label(c, entry):
+    """A name for an axis, which cuts long ones: what a setup adds to the first."""
+    added = entry.name.removeprefix(f"{c.first.name}+")
+    return entry.name if added == entry.name else f"+{added}"
 
 
 def _show_classes(page, c):
