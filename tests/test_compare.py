@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from balanced_det import compare, runs
 from balanced_det.cli import main as balanced_det
 from balanced_det.config import load_config
 from balanced_det.data import shapes
+from balanced_det.engine import locked
 from balanced_det.errors import InputError
 from balanced_det.evaluation import evaluate_lvis
 from balanced_det.evaluation.__main__ import evaluate_files
@@ -492,8 +492,8 @@ def test_what_was_interrupted_goes_on_where_it_stopped(tiny, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in stderr
-    # The training has ended too: its folder is free.
-    assert os.popen(f"pgrep -f {folder}").read().split() == []
+    with locked(str(folder)):  # the training has ended too: nothing holds its folder
+        pass
     assert not (folder / "model_final.pth").exists()
     assert not runs.is_finished(
         runs.plan(runs.parse_setup(str(tiny)), 0, out, ["SOLVER.MAX_ITER", "24"])
