@@ -279,6 +279,24 @@ def is_builtin(name):
     return name in _BUILTIN_NAMES
 
 
+def json_file_of(name, entries):
+    """Return the annotation file of a data set, without registering it.
+
+    Args:
+        name: one of ``entries``, or of Detectron2's own.
+        entries: ``BALANCE.DATASETS`` of a config.
+
+    Raises:
+        InputError: the name is neither.
+    """
+    for entry in entries:
+        if entry[0] == name:
+            return _resolve(entry[1])
+    if name in _BUILTIN_NAMES:
+        return MetadataCatalog.get(name).json_file
+    raise InputError(f"'{name}' is neither Detectron2's nor listed in BALANCE.DATASETS.")
+
+
 # --- Registration ---------------------------------------------------------------------------------
 
 

@@ -309,9 +309,7 @@ class Matcher:
             class_groups: category id -> "r", "c" or "f", where the annotations have none.
         """
         groups = class_group_list(self._truth, class_groups or {})
-        for image in np.flatnonzero(~self._given):
-            self._waiting.append((int(image), np.empty((0, 7)), []))
-        self._match()
+        self._match_rest()
         evaluation = self._state.finalize()
         evaluation.accumulate()
         curves = evaluation.eval
@@ -323,6 +321,12 @@ class Matcher:
             _class_results(self._truth, groups, precision, recall, scores),
             self._protocol(),
         )
+
+    def _match_rest(self):
+        """Match what waits, and the images that were not given as images without a detection."""
+        for image in np.flatnonzero(~self._given):
+            self._waiting.append((int(image), np.empty((0, 7)), []))
+        self._match()
 
     def _looked_for(self, image, category):
         """(n,) bool: whether the image's annotators looked for the class."""
@@ -338,8 +342,12 @@ class Matcher:
 
     def _match(self):
         """Give the waiting images to the library, with their objects."""
-        if not self._waiting:
-            return
+        if self._waiting:
+            images, objects, rows, shapes = self._take_waiting()
+            self._state.update(images, objects, rows, **shapes)
+
+    def _take_waiting(self):
+        """Images, objects, detections (n, 7) and their masks as the library takes them."""
         images, objects, masks = [], [], []
         for image, rows, image_masks in self._waiting:
             entry = self._truth.images[image]
@@ -355,8 +363,8 @@ class Matcher:
             masks.extend(image_masks)
         rows = np.concatenate([rows for _, rows, _ in self._waiting])
         shapes = {"segmentation": masks} if self._iou_type == "segm" else {}
-        self._state.update(images, objects, rows, **shapes)
         self._waiting = []
+        return images, objects, rows, shapes
 
     def _region_entry(self, image, c):
         """A crowd that holds the whole image, for a class of which not all objects are annotated.

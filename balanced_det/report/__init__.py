@@ -6,8 +6,16 @@ knows what a page is about, and nothing needs torch or Detectron2.
 """
 
 from . import figures
-from .files import write_csv, write_json, write_whole
+from .files import write_csv, write_json, write_json_lines, write_whole
 from .page import Page
 from .progress import telling
 
-__all__ = ["Page", "figures", "telling", "write_csv", "write_json", "write_whole"]
+__all__ = [
+    "Page",
+    "figures",
+    "telling",
+    "write_csv",
+    "write_json",
+    "write_json_lines",
+    "write_whole",
+]

@@ -142,10 +142,50 @@ def heat(
     return _figure(rows, {"type": "rect"}, encoding, height or 240 + 18 * len(order))
 
 
+def intervals(
+    rows: Sequence[dict], value: str, low: str, high: str, name: str, *, zero: str = ""
+) -> dict:
+    """Draw a point and its interval a row, below each other in the order of the rows.
+
+    Args:
+        rows: {field: value}, as for :func:`points`.
+        value, low, high: fields of numbers.
+        name: a field of texts that differ.
+        zero: the label of a dashed line at 0; without it there is none.
+    """
+    names = {
+        **_name(name, [row[name] for row in rows]),
+        "axis": {"labelLimit": _LABEL_LIMIT, "labelOverlap": False},
+    }
+    hover = _hover(rows)
+    span = {
+        "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.45},
+        "encoding": {
+            "y": names,
+            "x": {"field": _field(low), "type": "quantitative", "title": value},
+            "x2": {"field": _field(high)},
+            "tooltip": hover,
+        },
+    }
+    encoding = {"y": names, "x": _number(value, False, rows), "tooltip": hover}
+    mark = {"type": "point", "filled": True, "size": 70, "opacity": 1}
+    figure = _figure(rows, mark, encoding, 60 + 26 * len(rows))
+    layers = [span, {key: figure.pop(key) for key in ("mark", "encoding")}]
+    if zero:
+        layers.append(_rule_layer({zero: 0.0}, "x"))
+    return {**figure, "layer": layers}
+
+
 def rules(figure: dict, lines_at: dict[str, float], axis: str = "x") -> dict:
     """Return ``figure`` with a dashed line for each {label: number} across the axis."""
+    own = {key: figure[key] for key in ("mark", "encoding")}
+    rest = {key: value for key, value in figure.items() if key not in own}
+    return {**rest, "layer": [own, _rule_layer(lines_at, axis)]}
+
+
+def _rule_layer(lines_at, axis):
     data = [{"value": value, "line": label} for label, value in lines_at.items()]
-    layer = {
+    return {
         "data": {"values": data},
         "mark": {"type": "rule", "strokeDash": [5, 4], "opacity": 0.6},
         "encoding": {
@@ -153,9 +193,6 @@ def rules(figure: dict, lines_at: dict[str, float], axis: str = "x") -> dict:
             "tooltip": [{"field": "line"}, {"field": "value"}],
         },
     }
-    own = {key: figure[key] for key in ("mark", "encoding")}
-    rest = {key: value for key, value in figure.items() if key not in own}
-    return {**rest, "layer": [own, layer]}
 
 
 def _figure(rows, mark, encoding, height):

@@ -61,6 +61,12 @@ def write_json(path: str | os.PathLike, content: Any) -> Path:
     return write_whole(path, text + "\n")
 
 
+def write_json_lines(path: str | os.PathLike, rows: Iterable[Any]) -> Path:
+    """Write one line of JSON a row, as :func:`write_json` has its content."""
+    lines = (json.dumps(finite(row), ensure_ascii=False, allow_nan=False) for row in rows)
+    return write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
 def finite(content: Any) -> Any:
     """Return ``content`` as JSON has it: lists, dicts, texts, finite numbers, and None for others.
 
