@@ -179,6 +179,15 @@ def _trust_keys():
         "AMP_DTYPE": "float16",
         # Batches of SOLVER.IMS_PER_BATCH images a step; its gradient is their mean.
         "ACCUMULATE_STEPS": 1,
+        # Keep the weights of the largest value of this metric, of the evaluations that
+        # TEST.EVAL_PERIOD asks for and of the last, in model_best.pth: "AP", "APr", "bbox/AP50" or
+        # another that is reported.
+        "BEST_METRIC": None,
+        # End the training after so many evaluations in a row without a larger BEST_METRIC.
+        "STOP_AFTER": None,
+        # Write report.html into OUTPUT_DIR after training and --eval-only: what came of the run, on
+        # one page.
+        "REPORT": True,
     }
 
 

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent, run no code, and tell the classes they were trained on."""
 
+import functools
 import hashlib
 import logging
 import os
@@ -14,13 +15,17 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
+from ..config.lazy import lazy_config
 from ..criterion import Criterion
 from ..errors import InputError, NonFiniteError
+from ..evaluation.operating_points import OperatingPoints
 from ..losses.base import BoxLoss, ClassificationLoss
 from ..thresholds import ScoreThreshold
 from .classes import compare_classes, dataset_classes
 
 logger = logging.getLogger(__name__)
+
+BEST = "model_best"  # the checkpoint of the best weights, without ".pth"
 
 # All that a pickle of Detectron2's model zoo, or of its ancestors, is made of besides containers,
 # texts and numbers. "numpy._core" is what numpy 2 calls "numpy.core".
@@ -60,6 +65,12 @@ class Checkpointer(DetectionCheckpointer):
         keep_statistics: loading weights leaves the model's statistics as they are; resuming never
             does.
         trusted: SHA-256 digests of pickles that may run code.
+        config: the run's config as YAML, or None.
+
+    Attributes:
+        operating_points: an :class:`~balanced_det.evaluation.operating_points.OperatingPoints` of
+            the weights as they are, or None. What is saved brings classes, config and these along,
+            so that a checkpoint can be used alone, see :mod:`balanced_det.predict`.
     """
 
     def __init__(
@@ -71,9 +82,12 @@ class Checkpointer(DetectionCheckpointer):
         other_classes: bool = False,
         keep_statistics: bool = False,
         trusted: Iterable[str] = (),
+        config: str | None = None,
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
+        self.config = config
+        self.operating_points: OperatingPoints | None = None
         self.classes = classes
         self.other_classes = other_classes
         self.keep_statistics = keep_statistics
@@ -92,16 +106,47 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        state = self.model.state_dict()
+        states = {k: v.state_dict() for k, v in self.checkpointables.items()}
+        self._write(name, {**states, **extra})
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_to_use(self, name: str, **extra):
+        """Write ``name``.pth as :meth:`save` does, but without what a training would go on with.
+
+        It is not called the last, so that no run is resumed from it.
+        """
+        if self.save_dir and self.save_to_disk:
+            self._write(name, extra)
+
+    def keep_operating_points(self, points: OperatingPoints | None, names: Iterable[str] = ()):
+        """Take the points of the weights as they are, and add them to files that hold these.
+
+        Args:
+            points: of an evaluation; None where there is none.
+            names: checkpoints in ``save_dir``, without ".pth", that were saved of these weights.
+        """
+        self.operating_points = points
+        if points is None or not self.save_dir or not self.save_to_disk:
+            return
+        for name in names:
+            path = os.path.join(self.save_dir, f"{name}.pth")
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            content["operating_points"] = _as_tensors(points)
+            write_whole(path, functools.partial(torch.save, content))
+
+    def _write(self, name, more):
         check_finite(self.model, f"checkpoint '{name}' is not written")
-        data = {"model": state, **{k: v.state_dict() for k, v in self.checkpointables.items()}}
+        data = {"model": self.model.state_dict()}
         if self.classes is not None:
             data["classes"] = self.classes
-        data.update(extra)
+        if self.config is not None:
+            data["config"] = self.config
+        if self.operating_points is not None:
+            data["operating_points"] = _as_tensors(self.operating_points)
+        data.update(more)
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
-        write_whole(path, lambda file: torch.save(data, file))
-        self.tag_last_checkpoint(f"{name}.pth")
+        write_whole(path, functools.partial(torch.save, data))
 
     def tag_last_checkpoint(self, last_filename_basename: str):
         """Write which checkpoint is the last, whole or not at all."""
@@ -192,7 +237,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"The checkpoint '{f}' is damaged or holds more than tensors and may run code: if "
                 f"you trust it, add its SHA-256 '{_sha256(f)}' to BALANCE.TRUSTED_WEIGHTS."
             ) from None
-        except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        except Exception as error:  # an unpickler raises nearly anything on broken bytes
             raise InputError(f"The checkpoint '{f}' cannot be read: {error}.") from None
 
     def _check_pickle(self, filename):
@@ -231,6 +276,17 @@ class Checkpointer(DetectionCheckpointer):
         return incompatible
 
 
+def _as_tensors(points):
+    """Operating points as a file of tensors holds them."""
+    return {
+        "task": points.task,
+        "data": points.data,
+        # (K, 101), as in `to_json`
+        "precision": torch.from_numpy(points.precision.T.copy()).float(),
+        "scores": torch.from_numpy(points.scores.T.copy()).float(),
+    }
+
+
 def build_checkpointer(
     model: nn.Module, cfg: CfgNode, names: Iterable[str], counted: bool = True, **checkpointables
 ) -> Checkpointer:
@@ -252,8 +308,27 @@ def build_checkpointer(
         other_classes=cfg.BALANCE.OTHER_CLASSES,
         keep_statistics=counted and keep == "data",
         trusted=cfg.BALANCE.TRUSTED_WEIGHTS,
+        # A Python config is code, which no checkpoint carries.
+        config=cfg.dump() if lazy_config(cfg) is None else None,
         **checkpointables,
     )
+
+
+def read_checkpoint(path: str) -> dict:
+    """Return all that a file of :class:`Checkpointer` holds, after the checks of its loading.
+
+    Raises:
+        InputError: the file is missing, damaged, no checkpoint, or would run code.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"The checkpoint '{path}' does not exist.")
+    reason = damage(path)
+    if reason is not None:
+        raise InputError(f"The checkpoint '{path}' is damaged or no checkpoint: {reason}.")
+    content = Checkpointer(nn.Module())._torch_load(path)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise InputError(f"The checkpoint '{path}' holds no weights of a model.")
+    return content
 
 
 def load_weights(checkpointer: Checkpointer, cfg: CfgNode, resume: bool = False):
@@ -302,7 +377,7 @@ def saved_checkpoints(folder: str) -> list[str]:
         names = [n for n in os.listdir(folder) if n.startswith("model_") and n.endswith(".pth")]
     except OSError:
         return []
-    paths = [os.path.join(folder, name) for name in names if not name.startswith("model_best")]
+    paths = [os.path.join(folder, name) for name in names if not name.startswith(BEST)]
     paths.sort(key=lambda path: (os.path.getmtime(path), path), reverse=True)
     try:
         with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 
 from ..errors import InputError
-from .checkpoint import saved_checkpoints
+from .checkpoint import BEST, saved_checkpoints
 
 
 def check_output_dir(cfg: CfgNode, eval_only: bool = False, resume: bool = False):
@@ -42,7 +42,8 @@ def check_output_dir(cfg: CfgNode, eval_only: bool = False, resume: bool = False
 
 def remove_checkpoints(folder: str):
     """Remove the checkpoints of an earlier run, so that none is ever taken for one of the next."""
-    for path in [*saved_checkpoints(folder), os.path.join(folder, "last_checkpoint")]:
+    others = [os.path.join(folder, name) for name in ("last_checkpoint", f"{BEST}.pth")]
+    for path in [*saved_checkpoints(folder), *others]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 

@@ -19,6 +19,7 @@ from .checkpoint import (
     saved_checkpoints,
 )
 from .classes import check_model_classes, check_same_classes
+from .evaluate import check_best
 from .lazy import trainer_of
 from .output import check_output_dir
 from .step import amp_dtype
@@ -67,6 +68,7 @@ def check_run(cfg, eval_only=False, resume=False, num_workers=1):
         _check_loader(cfg, num_workers)
         amp_dtype(cfg)
         _check_sampler(cfg)
+        check_best(cfg)
         check_model_classes(cfg, cfg.DATASETS.TRAIN)
         if cfg.BALANCE.GRADIENT_FIGURE_PERIOD:
             PlotGradients(cfg.BALANCE.GRADIENT_FIGURE_PERIOD, cfg.OUTPUT_DIR)  # for its checks

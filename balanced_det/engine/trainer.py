@@ -1,5 +1,6 @@
 """The trainer: Detectron2's, with this project's evaluation, counted priors and log entries."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -23,6 +24,8 @@ from ..evaluation import BalancedLVISEvaluator, build_evaluator
 from ..gradient_figure import PlotGradients
 from .checkpoint import build_checkpointer, load_weights
 from .classes import check_model_classes
+from .evaluate import Evaluate, TrainingStopped
+from .gradient_share import LogGradientShare
 from .hooks import KeepFrozenStatistics, LogMonitored, RestartablePreciseBN
 from .imbalance import log_remedies
 from .step import TrainStep, amp_dtype
@@ -103,7 +106,8 @@ class Trainer(DefaultTrainer):
         """Train; return the results of the last evaluation, or None on workers but the main one."""
         log_remedies(self.cfg, self.model)
         logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
-        super().train()
+        with contextlib.suppress(TrainingStopped):
+            super().train()
         return getattr(self, "_last_eval_results", None)
 
     @classmethod
@@ -178,18 +182,11 @@ class Trainer(DefaultTrainer):
         self.checkpointer = build_checkpointer(
             self.model, self.cfg, self.cfg.DATASETS.TRAIN, trainer=weakref.proxy(self)
         )
-        ret = [
-            RestartablePreciseBN(
-                hook._period, self.model, hook._data_loader, self.cfg.TEST.PRECISE_BN.NUM_ITER
-            )
-            if isinstance(hook, hooks.PreciseBN)
-            else hook
-            for hook in super().build_hooks()
-        ]
+        ret = [self._own(hook) for hook in super().build_hooks()]
         if self.cfg.BALANCE.TRAIN_ONLY:
             ret.insert(0, KeepFrozenStatistics())
         writers = [hook for hook in ret if isinstance(hook, hooks.PeriodicWriter)]
-        own = [LogMonitored()]
+        own = [LogMonitored(), *self._gradient_share()]
         period = self.cfg.BALANCE.GRADIENT_FIGURE_PERIOD
         if period and comm.is_main_process():
             own.append(PlotGradients(period, self.cfg.OUTPUT_DIR))
@@ -199,6 +196,31 @@ class Trainer(DefaultTrainer):
             own.append(hooks.EvalHook(0, self._test_with_augmentation))
         ret[position:position] = own
         return ret
+
+    def _own(self, hook):
+        """Return what takes the place of one of Detectron2's hooks, or the hook itself."""
+        if isinstance(hook, hooks.PreciseBN):
+            images = self.cfg.TEST.PRECISE_BN.NUM_ITER
+            return RestartablePreciseBN(hook._period, self.model, hook._data_loader, images)
+        if isinstance(hook, hooks.EvalHook):
+            keys = self.cfg.BALANCE
+            return Evaluate(
+                hook._period, self._evaluate, self.checkpointer, keys.BEST_METRIC, keys.STOP_AFTER
+            )
+        return hook
+
+    def _evaluate(self):
+        evaluators = [self.build_evaluator(self.cfg, name) for name in self.cfg.DATASETS.TEST]
+        self._last_eval_results = self.test(self.cfg, self.model, evaluators)
+        self.last_evaluation = self._last_eval_results, evaluators
+        return self._last_eval_results
+
+    def _gradient_share(self):
+        """The hook that logs it, where the classes can be counted."""
+        try:
+            return [LogGradientShare(training_statistics(self.cfg).group)]
+        except InputError:
+            return []
 
     def _test_with_augmentation(self):
         results = self.test_with_augmentation(self.cfg, self.model)
@@ -221,8 +243,10 @@ class Trainer(DefaultTrainer):
 
 
 def _without_traceback(record):
-    """Leave the traceback of bad input out of the log; its message says it all."""
+    """Leave the traceback of bad input out of the log; an early end is no error at all."""
     error = record.exc_info and record.exc_info[1]
+    if isinstance(error, TrainingStopped):
+        return False
     if isinstance(error, InputError):
         record.exc_info = None
         record.msg = f"{record.msg} {error}"

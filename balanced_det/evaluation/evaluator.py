@@ -25,11 +25,20 @@ from .detections import (
     texts_of,
 )
 from .lvis import FIXED_MAX_DETS, IOU_TYPES, MAX_DETS, Matcher, best_of_each_class
-from .per_class import class_rows, class_table, percent, protocol_text, write_results
+from .operating_points import OperatingPoints
+from .per_class import (
+    class_rows,
+    class_table,
+    percent,
+    protocol_text,
+    write_json,
+    write_results,
+)
 
 logger = logging.getLogger(__name__)
 
 DETECTIONS = "lvis_instances_results.json"
+POINTS = "operating_points.json"
 FIXED = ("AP", "APr", "APc", "APf")  # reported as "APfixed", "APrfixed", ...
 
 
@@ -47,7 +56,8 @@ class BalancedLVISEvaluator(DatasetEvaluator):
       "train_images", "bbox", "segm"}], "protocol": {...}}``, AP in percent, null where nothing is
       averaged;
     * ``lvis_classes.csv`` and ``lvis_classes.json``: of each class AP, AR, the best F1 and its
-      score threshold, training images and group.
+      score threshold, training images and group;
+    * ``operating_points.json``: the precision and score of each class of the model at 101 recalls.
 
     A data set without annotations has its detections written, and nothing else.
 
@@ -61,6 +71,14 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         max_dets_per_image: as ``max_dets`` of :func:`evaluate_lvis`; None for all.
         train_statistics: :class:`~balanced_det.data.statistics.DatasetStatistics` of the training
             set: each class's training images, and its group where the annotations give none.
+
+    Attributes:
+        dataset_name: as given.
+        class_rows: after :meth:`evaluate`, on the main process: those of
+            :func:`~balanced_det.evaluation.per_class.class_rows`; empty where nothing is evaluated.
+        operating_points: likewise, an
+            :class:`~balanced_det.evaluation.operating_points.OperatingPoints` of boxes, of the
+            model's classes, or None.
     """
 
     def __init__(
@@ -73,6 +91,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         max_dets_per_image=MAX_DETS,
         train_statistics=None,
     ):
+        self.dataset_name = dataset_name
         metadata = MetadataCatalog.get(dataset_name)
         for key in ("json_file", "thing_dataset_id_to_contiguous_id"):
             if metadata.get(key) is None:
@@ -106,6 +125,8 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         self._most_in_an_image = 0
         self._per_class = np.zeros(len(self._category_ids), dtype=np.int64)
         self._matchers = {}
+        self.class_rows = []
+        self.operating_points = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -279,8 +300,9 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         }
 
     def _report(self, results, percents):
-        rows = class_rows(results, self._train_images())
+        rows = self.class_rows = class_rows(results, self._train_images())
         tasks = list(results)
+        self.operating_points = self._points(results)
         for task, numbers in percents.items():
             logger.info(
                 f"LVIS results for {task}, in percent ({protocol_text(results[task].protocol)}):\n"
@@ -289,6 +311,17 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         logger.info(f"LVIS results of each class, in percent:\n{class_table(rows, tasks)}")
         if self._output_dir:
             write_results(percents, rows, results, self._output_dir)
+            write_json(self.operating_points.to_json(), self._output_dir, POINTS)
+
+    def _points(self, results):
+        """The first task's curves, of the model's classes; those that are not annotated have -1."""
+        task, result = next(iter(results.items()))
+        is_known = self._class_of >= 0
+        precision, scores = (
+            np.where(is_known, curves[:, self._class_of], absent)  # (101, K)
+            for curves, absent in ((result.precision, -1.0), (result.scores, 0.0))
+        )
+        return OperatingPoints(task, self.dataset_name, precision, scores)
 
     def _class_groups(self):
         if self._statistics is None:

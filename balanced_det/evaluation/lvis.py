@@ -84,11 +84,15 @@ class LVISResult:
         metrics: the numbers of :data:`METRICS` as fractions; -1 where nothing is averaged.
         classes: a :class:`ClassResult` for each class, by ascending category id.
         protocol: how they were measured, for whoever reads the numbers later.
+        precision, scores: (101, K), see
+            :class:`~balanced_det.evaluation.operating_points.OperatingPoints`.
     """
 
     metrics: dict
     classes: list
     protocol: dict = field(default_factory=dict)
+    precision: np.ndarray | None = field(default=None, repr=False, compare=False)
+    scores: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 def evaluate_lvis(
@@ -320,6 +324,8 @@ class Matcher:
             _metrics(precision, recall, groups),
             _class_results(self._truth, groups, precision, recall, scores),
             self._protocol(),
+            precision[0, :, :, 0],
+            scores,
         )
 
     def _match_rest(self):
