@@ -116,6 +116,7 @@ def main():
     parser.add_argument("--train", type=int, default=4000, help="training images")
     parser.add_argument("--val", type=int, default=2000, help="validation images")
     parser.add_argument("--only", default="", help="part of a config's name")
+    parser.add_argument("--skip-training", action="store_true")
     parser.add_argument("--skip-evaluation", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -137,7 +138,7 @@ def main():
         if args.only.lower() not in name.lower():
             continue
         base = {}
-        for gpus in args.gpus:
+        for gpus in [] if args.skip_training else args.gpus:
             for batch in args.batch:
                 row = training(args.folder, config, gpus, batch, args.iterations)
                 base.setdefault(batch, row["images_per_second"] / gpus)
