@@ -81,6 +81,8 @@ DETECTORS = {
         RCNN,
     ),
 }
+# What losses count in a training set: shares of its images, or images of LVIS v1's 100,170.
+STATISTICS = {"class_frequency": 1, "class_counts": 100_170}
 ARITHMETIC = {"float32": False, "bf16": True}
 
 
@@ -105,11 +107,10 @@ def build(config, device, opts, stock):
             # Untrained, frozen batch normalization lets activations grow from block to block.
             module.weight.fill_(0.1)
     state = model.state_dict()
-    unknown = [name for name in state if name.endswith("class_frequency")]
-    for name in unknown:
-        state[name] = torch.logspace(-4.5, -0.5, len(state[name]))
-    if unknown:
-        model.load_state_dict(state)
+    for statistic, num_images in STATISTICS.items():
+        for name in (name for name in state if name.endswith(statistic)):
+            state[name] = num_images * torch.logspace(-4.5, -0.5, len(state[name]))
+    model.load_state_dict(state)
     return model
 
 
