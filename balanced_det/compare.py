@@ -428,9 +428,18 @@ def _show_verdicts(page, c):
             page.conclude(f"A run of {entry.name} is missing.", failure, "warn")
     for entry in c.others:
         page.conclude(*verdict(c, entry))
+    for what, key in (("commits", "commit"), ("limits of detections an image", "max_dets")):
+        found = _all(c, key)
+        if len(found) > 1:
+            page.conclude(
+                f"The runs have different {what}, to which a difference may be due.",
+                f"{', '.join(found)}.",
+                "warn",
+            )
     told = len(c.others) * sum(not np.isnan(v) for v in _told_values(c))
     page.say(
-        "An interval holds what 95 of 100 repetitions would give, over "
+        "Higher or lower is said only where a 95% interval excludes zero. Intervals tell what "
+        "might have come of "
         + ("other images and other seeds." if c.seeds_freedom else "other images alone.")
     )
     if not c.seeds_freedom:
@@ -443,6 +452,13 @@ def _show_verdicts(page, c):
             f"{told} differences are told here: where nothing differs, about {0.05 * told:.0f} of "
             "them would look as if it did."
         )
+
+
+def _all(c, key):
+    """What the runs have as their "commit", "card" or "max_dets", each once; unknown ones too."""
+    runs = [run for entry in c.entries for run in entry.runs]
+    found = ({**run.provenance(), "max_dets": run.max_dets}[key] for run in runs)
+    return list(dict.fromkeys("unknown" if value is None else str(value) for value in found))
 
 
 def _told_values(c):

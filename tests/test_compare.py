@@ -236,6 +236,42 @@ def test_folders_that_differ_in_their_seed_alone_are_runs_of_one_setup(tmp_path)
     assert list(found) == ["plain", str(renamed)]
 
 
+def test_cost_and_card_are_those_of_the_runs_own_files(two, tmp_path):
+    _, annotations, _, _ = two
+    folder = finished_run(
+        tmp_path / "run", annotations, [], SOLVER__MAX_ITER=100, MODEL__DEVICE="cuda:1"
+    )
+    (folder / "log.txt").write_text(
+        "GPU available                    Yes\n"
+        "GPU 0                            Some Card 80GB (arch=9.0)\n"
+        "GPU 0,1                          NVIDIA H100 80GB HBM3 (arch=9.0)\n"  # resumed elsewhere
+        "[11/25 14:10:49] d2.utils.events INFO:  iter: 19  lr: 0.03  max_mem: 2101M\n"
+        "[11/25 14:10:59] d2.utils.events INFO:  iter: 39  lr: 0.03  max_mem: 2345M\n"
+    )
+    rows = [{"iteration": i, "time": t} for i, t in ((19, 0.5), (59, 0.2), (99, 0.3))]
+    (folder / "metrics.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_json(folder / "run.json", {"commit": "abc", "command": "python x", "jobs": 3})
+    run = runs.read_run(folder)
+    assert run.cost() == {
+        "seconds_per_iteration": 0.3,
+        "training_seconds": pytest.approx(30.0),
+        "gpu_memory_mb": 2345,
+        "host_memory_mb": None,
+        "side_by_side": 3,
+    }
+    assert run.provenance()["card"] == "NVIDIA H100 80GB HBM3"
+    assert run.provenance()["commit"] == "abc" and run.provenance()["command"] == "python x"
+
+
+def test_runs_of_different_commits_are_told_so(two, tmp_path):
+    _, annotations, good, _ = two
+    folder = finished_run(tmp_path / "run", annotations, [])
+    write_json(folder / "run.json", {"commit": "abc"})
+    page = str(compare.make_page(comparison(good, folder, draws=10)))
+    assert "different commits" in page and "unknown, abc." in page
+    assert "different commits" not in str(compare.make_page(comparison(good, good, draws=10)))
+
+
 def test_names_are_data_and_never_markup(tmp_path):
     truth, detections = federated(0)
     for category, name in zip(truth["categories"], HARD_NAMES, strict=True):
@@ -371,6 +407,18 @@ def test_a_setup_is_a_config_with_fragments_and_keys_of_its_own():
 def test_signs_of_numbers_do_not_part_a_setup():
     setup = runs.parse_setup("configs/quickstart.yaml+SOLVER.WEIGHT_DECAY=1e+2")
     assert setup.opts == ("SOLVER.WEIGHT_DECAY", "1e+2")
+
+
+def test_a_python_config_takes_its_own_words(tmp_path):
+    setup = runs.parse_setup("configs/lazy/mask_rcnn_R_50_FPN.py+train.max_iter=7")
+    planned = runs.plan(setup, 2, tmp_path / "it's", ["optimizer.lr=0.1"])
+    assert planned.settings["SEED"] == 2 and planned.settings["SOLVER.MAX_ITER"] == 7
+    assert planned.settings["OUTPUT_DIR"] == str(planned.folder)
+    # Its tree is not among the settings: a digest tells runs of another version apart.
+    planned.folder.mkdir(parents=True)
+    write_json(planned.folder / "run.json", {"exit": 0, "source": "another"})
+    with pytest.raises(InputError, match="another version of 'configs/lazy"):
+        runs.is_finished(planned)
 
 
 def test_configs_of_one_name_are_told_apart_by_their_folders():
