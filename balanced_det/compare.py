@@ -11,7 +11,9 @@ The intervals
     at all, which shifts AP by itself, so its deviation from the mean of the draws counts. To that
     comes the seeds' part: their standard deviation is pooled over all setups, since three runs tell
     little of it, and Student's t of as many degrees of freedom as were pooled stands for what is
-    not known of it. With one run a setup nothing is known of seeds, and the page says so.
+    not known of it. With one run a setup nothing is known of seeds, and the page says so. What
+    fewer than six images hold has no interval: even if all of them agreed, that would come about by
+    chance more often than once in twenty times (twice 2^-5; twice 2^-6 is 1 in 32).
 """
 
 import argparse
@@ -26,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from .data.annotations import GROUPS, Annotations, read_annotations
 from .errors import InputError
@@ -47,6 +50,7 @@ METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
 _TOLD = ("AP", "APr", "APc", "APf")  # what a verdict is given of
 _QUANTILES = (0.025, 0.975)
 _GROUP_NAMES = dict(zip(GROUPS, ("rare", "common", "frequent")))
+_MIN_IMAGES = 6  # that hold an object, for an interval
 _SAME_AP = 0.01  # percent: the files of detections hold the numbers that were evaluated
 _FEW = 8  # figures of classes
 
@@ -77,7 +81,7 @@ class Interval:
 
     Attributes:
         value: the mean over runs, or the difference of two means.
-        low, high: over other images and seeds, 95%.
+        low, high: over other images and seeds, 95%; NaN where too few images hold an object.
         images_low, images_high: over other images alone.
     """
 
@@ -101,6 +105,7 @@ class Comparison:
         truth: what was evaluated on, and ``digest``, SHA-256 of that file.
         groups: K of "r", "c", "f" or None.
         train_images: {class: training images}.
+        holding: images that hold an object: of "metrics" (M,), of "classes" (K,).
         draws: B.
         task: "bbox" or "segm".
     """
@@ -110,6 +115,7 @@ class Comparison:
     digest: str
     groups: list
     train_images: dict
+    holding: dict
     draws: int
     task: str
 
@@ -132,14 +138,18 @@ class Comparison:
         """Return the mean over an entry's runs, of its "metrics" (M,) or "classes" (K,)."""
         values = getattr(entry, of)
         spread = self._spread(of) / np.sqrt(len(values))
-        found = _interval(values.mean(axis=0), spread, self.seeds_freedom)
+        found = self._interval(of, values.mean(axis=0), spread)
         return Interval(*(np.clip(x, 0, 100) for x in dataclasses.astuple(found)))  # percent
 
     def difference(self, entry: Entry, of: str = "metrics") -> Interval:
         """Return the entry's mean less the first's."""
         ours, theirs = getattr(entry, of), getattr(self.first, of)
         spread = self._spread(of) * np.sqrt(1 / len(ours) + 1 / len(theirs))
-        return _interval(ours.mean(axis=0) - theirs.mean(axis=0), spread, self.seeds_freedom)
+        return self._interval(of, ours.mean(axis=0) - theirs.mean(axis=0), spread)
+
+    def _interval(self, of, values, spread):
+        enough = self.holding[of] >= _MIN_IMAGES
+        return _interval(values, spread, self.seeds_freedom, enough)
 
     def _spread(self, of):
         """(M,) or (K,) standard deviation between runs of one entry, pooled over all."""
@@ -148,9 +158,17 @@ class Comparison:
         return np.sqrt(squares / max(self.seeds_freedom, 1))
 
 
-def _interval(values, spread, freedom):
-    """Args: (n, 1 + B) a number and its draws; (n,) its standard error over seeds."""
-    number, draws = values[:, 0], values[:, 1:].astype(np.float64)
+def _interval(values, spread, freedom, enough):
+    """Return the :class:`Interval` of n numbers.
+
+    Args:
+        values: (n, 1 + B) each number and its draws.
+        spread: (n,) its standard error over seeds.
+        freedom: degrees of freedom of that.
+        enough: (n,) bool, whether it has an interval.
+    """
+    number = values[:, 0]
+    draws = np.where(enough[:, None], values[:, 1:], np.nan).astype(np.float64)
     deviation = draws - _mean_of_present(draws, axis=1)[:, None]
     images = _quantiles(deviation)
     if freedom:
@@ -203,21 +221,44 @@ def compare_runs(
     truth, digest = read_annotations(first.annotations), _digest(first.annotations)
     weights = draw_images(len(truth.images), draws)
     groups = [first.groups.get(c) or truth.categories[c].frequency for c in _classes(truth)]
-    entries = []
-    for name, runs, failures in groups_of_runs:
-        measured = []
-        for run in runs:
-            _check_same_data(run, first, truth, digest)
-            measured.append(_measure(run, truth, weights, groups, task))
-        metrics, classes = zip(*measured) if measured else ((), ())
-        entries.append(
-            Entry(name, list(runs), list(failures), np.array(metrics), np.array(classes))
-        )
-    return Comparison(entries, truth, digest, groups, first.train_images, draws, task)
+    holding = _images_holding(truth, groups)
+    for run in itertools.chain.from_iterable(runs for _, runs, _ in groups_of_runs):
+        _check_same_data(run, first, truth, digest)
+    entries, total = [], sum(len(runs) for _, runs, _ in groups_of_runs)
+    with tqdm(desc="Evaluating", unit="run", total=total) as progress:
+        for name, runs, failures in groups_of_runs:
+            measured = []
+            for run in runs:
+                measured.append(_measure(run, truth, weights, groups, task))
+                progress.update()
+            metrics, classes = zip(*measured) if measured else ((), ())
+            entries.append(
+                Entry(name, list(runs), list(failures), np.array(metrics), np.array(classes))
+            )
+    return Comparison(entries, truth, digest, groups, first.train_images, holding, draws, task)
 
 
 def _classes(truth):
     return range(len(truth.categories))
+
+
+def _images_holding(truth, groups):
+    """Images that hold an object to find, of each metric's classes and of each class."""
+    counted = _counted(truth)
+    image, category = truth.image[counted], truth.category[counted]
+    of_group = np.array([group or "" for group in groups])[category]
+    metrics = [
+        len(np.unique(image[of_group == name[2:]] if name[2:] in GROUPS else image))
+        for name in METRICS
+    ]
+    pairs = np.unique(np.stack([category, image]), axis=1)
+    classes = np.bincount(pairs[0], minlength=len(groups))
+    return {"metrics": np.array(metrics), "classes": classes}
+
+
+def _counted(truth):
+    """(n,) bool: what is an object to find."""
+    return ~(truth.crowd | truth.ignore) & truth.finite()
 
 
 def _check_same_data(run, first, truth, digest):
@@ -374,7 +415,7 @@ def class_table(c: Comparison) -> tuple[list[str], list[list]]:
         "difference high",
         "shown",
     ]
-    objects, images = _objects(c.truth)
+    objects = np.bincount(c.truth.category[_counted(c.truth)], minlength=len(c.groups))
     rows = []
     for entry in (c.first, *c.others):
         mean, difference = c.mean(entry, "classes"), c.difference(entry, "classes")
@@ -388,7 +429,7 @@ def class_table(c: Comparison) -> tuple[list[str], list[list]]:
                     category.name,
                     _GROUP_NAMES.get(c.groups[k]),
                     c.train_images.get(k),
-                    int(images[k]),
+                    int(c.holding["classes"][k]),
                     int(objects[k]),
                     *(_number(getattr(mean, n)[k]) for n in ("value", "low", "high")),
                     *(columns[f"difference{n}"] for n in ("", "_low", "_high")),
@@ -401,13 +442,12 @@ def class_table(c: Comparison) -> tuple[list[str], list[list]]:
 def make_page(c: Comparison, command: str = "") -> Page:
     """Return the page of a comparison."""
     page = Page("Comparison", f"Against {c.first.name}, on {c.truth.source}")
-    objects, _ = _objects(c.truth)
     page.tiles(
         {
             "setups": str(len(c.entries)),
             "runs": str(sum(len(entry.runs) for entry in c.entries)),
             "validation images": f"{len(c.truth.images):,}",
-            "objects": f"{objects.sum():,}",
+            "objects": f"{_counted(c.truth).sum():,}",
             "classes": f"{len(c.truth.categories):,}",
         }
     )
@@ -482,12 +522,16 @@ def verdict(c: Comparison, entry: Entry) -> tuple[str, str, str]:
     else:
         text = f"{entry.name}: no difference from {c.first.name} is shown."
     numbers = "; ".join(
-        f"{METRICS[m]} {difference.value[m]:+.1f} ({difference.low[m]:+.1f} to "
-        f"{difference.high[m]:+.1f})"
-        for m in told
+        f"{METRICS[m]} {difference.value[m]:+.1f} ({_range(difference, m, '+.1f')})" for m in told
     )
     kinds = {1: "do", -1: "warn", 0: "note"}
     return text, f"{numbers}.", kinds[int(shown[first])]
+
+
+def _range(interval, index, form):
+    if np.isnan(interval.low[index]):
+        return "too few images"
+    return f"{interval.low[index]:{form}} to {interval.high[index]:{form}}"
 
 
 def _at(interval, metric):
@@ -518,7 +562,7 @@ def _number_row(c, entry, shown):
     cells = []
     for m in shown:
         deviation = "" if np.isnan(spread[m]) else f" ± {spread[m]:.1f}"
-        cells.append(f"{mean.value[m]:.1f}{deviation} ({mean.low[m]:.1f} to {mean.high[m]:.1f})")
+        cells.append(f"{mean.value[m]:.1f}{deviation} ({_range(mean, m, '.1f')})")
     return [entry.name, len(entry.runs), *cells]
 
 
@@ -565,6 +609,7 @@ def _show_classes(page, c):
     ]
     for entry, table in list(zip(c.others, by_setup))[:_FEW]:
         shown = sum(bool(row["shown"]) for row in table)
+        known = sum(row["difference low"] is not None for row in table)
         axis = "training images" if c.train_images else "test objects"
         points = [
             {
@@ -583,9 +628,9 @@ def _show_classes(page, c):
             figures.points(
                 points, axis, "difference in AP", color="group", order=order, log_x=True
             ),
-            f"{entry.name}: AP of each class less that of {c.first.name}. The interval excludes "
-            f"zero for {shown} of {len(table)} classes, where {0.05 * len(table):.0f} would by "
-            "chance.",
+            f"{entry.name}: AP of each class less that of {c.first.name}. Of {known} classes that "
+            f"{_MIN_IMAGES} or more images hold, the interval of {shown} excludes zero; about "
+            f"{0.05 * known:.0f} would by chance.",
         )
     if len(c.others) > _FEW:
         page.say(f"Figures of the first {_FEW} setups; the table has all.")
@@ -621,10 +666,10 @@ def _show_cost(page, c):
             ]
         )
     page.table(header, rows)
-    together = {cost["side_by_side"] for of_runs in costs for cost in of_runs}
+    together = {n for of_runs in costs for cost in of_runs if (n := cost["side_by_side"])}
     page.say("Seconds are medians over iterations and runs, memory is the largest of a run.")
     if together - {1}:
-        told = ", ".join(sorted("unknown" if n is None else str(n) for n in together))
+        told = ", ".join(map(str, sorted(together)))
         page.say(
             f"Trainings that ran side by side: {told}. They share the machine, so times compare "
             "only within this page, and roughly."
@@ -669,17 +714,6 @@ def _protocol(protocol):
 
 def _setting(value):
     return None if value is None else str(value)
-
-
-def _objects(truth):
-    """(K,) objects to find and images that hold one."""
-    counted = ~(truth.crowd | truth.ignore) & truth.finite()
-    count = len(truth.categories)
-    pairs = np.unique(np.stack([truth.category[counted], truth.image[counted]]), axis=1)
-    return (
-        np.bincount(truth.category[counted], minlength=count),
-        np.bincount(pairs[0], minlength=count),
-    )
 
 
 def _spread_of(metrics):
@@ -733,8 +767,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parse(arguments)
         setups, opts = _split_words(options.setups)
         compared = _finished(options, setups, opts)
-        with telling("Comparing"):
-            found = compare_runs(compared, draws=options.draws, task=options.task)
+        found = compare_runs(compared, draws=options.draws, task=options.task)
         command = " ".join(["balanced-det compare", *arguments])
         with telling("Writing the page"):
             page = write_comparison(found, options.out, command)

@@ -157,7 +157,8 @@ def test_seeds_alone_seem_to_differ_in_one_of_twenty_comparisons():
     rng, count = np.random.default_rng(0), 1000
     values = rng.normal(20.0, 1.0, (2, 3, count, 1)).repeat(1 + 400, axis=3)
     entries = [compare.Entry(str(i), [None] * 3, [], values[i], values[i]) for i in range(2)]
-    c = compare.Comparison(entries, None, "", [], {}, 400, "bbox")
+    holding = {"metrics": np.full(count, 100)}
+    c = compare.Comparison(entries, None, "", [], {}, holding, 400, "bbox")
     assert c.seeds_freedom == 4
     found = int(np.abs(c.difference(entries[1]).shown()).sum())
     assert 22 <= found <= 78
@@ -176,7 +177,13 @@ def test_a_class_that_some_draws_lack_takes_part_where_it_is(tmp_path):
     classes = c.first.classes[0]
     absent = np.isnan(classes[rare - 1])
     assert not absent[0] and 0.2 < absent[1:].mean() < 0.5  # (5/6)^6 = 0.33
-    assert np.isfinite(c.mean(c.first, "classes").high[rare - 1])
+    # One image tells nothing of others, though each draw that has it may say the same.
+    mean, difference = c.mean(c.first, "classes"), c.difference(c.first, "classes")
+    assert np.isfinite(mean.value[rare - 1]) and np.isnan(mean.high[rare - 1])
+    assert not difference.shown()[rare - 1]
+    images = {a["image_id"] for a in kept if not (a["iscrowd"] or a["ignore"])}
+    assert c.holding["metrics"][0] == len(images) == 6 and c.holding["classes"][rare - 1] == 1
+    assert np.isfinite(mean.high).sum() == (c.holding["classes"] >= 6).sum()
     assert np.isnan(c.mean(c.first, "classes").value[CLASSES - 1])  # it never occurs
 
 
