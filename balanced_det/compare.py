@@ -39,6 +39,7 @@ from .report import Page, figures, telling, write_csv, write_json_lines
 from .runs import (
     PLACE_KEYS,
     Run,
+    annotation_file,
     distinct_names,
     parse_setup,
     plan,
@@ -222,8 +223,9 @@ def compare_runs(
     weights = draw_images(len(truth.images), draws)
     groups = [first.groups.get(c) or truth.categories[c].frequency for c in _classes(truth)]
     holding = _images_holding(truth, groups)
-    for run in itertools.chain.from_iterable(runs for _, runs, _ in groups_of_runs):
-        _check_same_data(run, first, truth, digest)
+    check_same_data(
+        [(f"'{r.folder}'", r.annotations) for _, runs, _ in groups_of_runs for r in runs]
+    )
     entries, total = [], sum(len(runs) for _, runs, _ in groups_of_runs)
     with tqdm(desc="Evaluating", unit="run", total=total) as progress:
         for name, runs, failures in groups_of_runs:
@@ -261,21 +263,33 @@ def _counted(truth):
     return ~(truth.crowd | truth.ignore) & truth.finite()
 
 
-def _check_same_data(run, first, truth, digest):
-    if run.annotations == first.annotations:
+def check_same_data(tests: Sequence[tuple[str, str]]) -> None:
+    """Refuse what was evaluated on other data or classes than the first.
+
+    Args:
+        tests: (what a message calls it, its annotation file).
+
+    Raises:
+        InputError: as told, or a file cannot be read.
+    """
+    name, path = tests[0]
+    others = {other: who for who, other in reversed(tests) if other != path}
+    if not others:
         return
-    own = read_annotations(run.annotations)
-    names, expected = ([c.name for c in data.categories] for data in (own, truth))
-    if names != expected:
-        raise InputError(
-            f"'{run.folder}' and '{first.folder}' have other classes: {own.source} lists "
-            f"{len(names)}, {truth.source} {len(expected)}, and they differ."
-        )
-    if _digest(run.annotations) != digest:
-        raise InputError(
-            f"'{run.folder}' and '{first.folder}' were evaluated on other data, {own.source} and "
-            f"{truth.source}."
-        )
+    truth, digest = read_annotations(path), _digest(path)
+    expected = [category.name for category in truth.categories]
+    for other, who in others.items():
+        own = read_annotations(other)
+        names = [category.name for category in own.categories]
+        if names != expected:
+            raise InputError(
+                f"{who} and {name} have other classes: {own.source} lists {len(names)}, "
+                f"{truth.source} {len(expected)}, and they differ."
+            )
+        if _digest(other) != digest:
+            raise InputError(
+                f"{who} and {name} are evaluated on other data, {own.source} and {truth.source}."
+            )
 
 
 def _digest(path):
@@ -838,10 +852,18 @@ def _finished(options, words, opts):
     setups = distinct_names([parse_setup(word) for word in words if word not in folders])
     if opts and not setups:
         raise InputError(f"'{opts[0]}' has no effect: all runs are finished.")
-    planned = {
-        setup: [plan(setup, seed, options.out, opts) for seed in range(options.seeds)]
-        for setup in setups
-    }
+    planned = {}
+    with telling("Reading what is to be compared"):
+        for setup in setups:
+            runs = [plan(setup, seed, options.out, opts) for seed in range(options.seeds)]
+            planned[setup] = runs
+        if planned:  # before hours of training
+            check_same_data(
+                [
+                    (f"'{setup.name}'", annotation_file(runs[0].settings, _test_set(options, runs)))
+                    for setup, runs in planned.items()
+                ]
+            )
     failures = train_all(
         # All setups with one seed before the next: what is there can be compared early.
         [run for of_seed in zip(*planned.values()) for run in of_seed],
@@ -857,6 +879,13 @@ def _finished(options, words, opts):
             raise InputError(f"'{name}' is listed twice.")
         read[name] = (runs, [])
     return [(name, *read[name]) for name in _in_order(words, setups, read)]
+
+
+def _test_set(options, runs):
+    names = runs[0].settings["DATASETS.TEST"]
+    if not names:
+        raise InputError(f"'{runs[0].setup.name}': DATASETS.TEST is empty.")
+    return options.test_set or names[0]
 
 
 def _read(options, folder):

@@ -241,7 +241,8 @@ def is_finished(run: Planned) -> bool:
             f"'{run.folder}' holds a run of another version of '{run.setup.config_file}'; choose "
             "another --out, or remove it."
         )
-    return record.get("exit") == 0
+    results = [p for name in _DETECTIONS for p in (run.folder / "inference").rglob(name)]
+    return record.get("exit") == 0 and bool(results)
 
 
 def _first_difference(found, wanted):
@@ -521,7 +522,9 @@ def read_run(folder: str | os.PathLike, task: str = "bbox", test_set: str | None
         raise InputError(f"'{folder}' is no folder of a run: it has no config.yaml.")
     settings = read_settings(folder)
     names = list(settings.get("DATASETS.TEST") or [])
-    test_set = test_set or (names[0] if names else None)
+    if not names:
+        raise InputError(f"'{folder}' was not evaluated: its DATASETS.TEST is empty.")
+    test_set = test_set or names[0]
     if test_set not in names:
         raise InputError(f"'{folder}' was not evaluated on '{test_set}': DATASETS.TEST is {names}.")
     _check_ended(folder, settings)

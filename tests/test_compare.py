@@ -344,7 +344,7 @@ def break_config(folder, annotations):
     ("breaking", "words"),
     [
         (break_classes, "have other classes"),
-        (break_data, "were evaluated on other data"),
+        (break_data, "are evaluated on other data"),
         (break_results, "holds no results"),
         (break_training, "was stopped at iteration 60 of 100: resume it first"),
         (break_annotations, "its detections give AP 0.00 on"),
@@ -452,6 +452,23 @@ def test_configs_of_one_name_are_told_apart_by_their_folders():
 def test_a_command_that_cannot_work_trains_nothing(tmp_path, capsys, arguments, words):
     assert compare.main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_data_is_seen_before_anything_is_trained(two, tmp_path, capsys):
+    truth, annotations, _, _ = two
+    other = write_json(tmp_path / "other.json", {**truth, "images": truth["images"] + [{"id": 99}]})
+    paths = []
+    for index, path in enumerate((annotations, other)):
+        keys = {"DATASETS": [[f"{path}", f"{path}", ""]]}
+        content = {"_BASE_": str(ROOT / "configs/quickstart.yaml"), "BALANCE": keys}
+        content["DATASETS"] = {"TRAIN": [str(path)], "TEST": [str(path)]}
+        paths.append(str(write_json(tmp_path / f"{index}.yaml", content)))
+    out = str(tmp_path / "out")
+    assert compare.main([*paths, "--out", out]) == 2
+    assert "'1' and '0' are evaluated on other data" in capsys.readouterr().err
+    assert compare.main([paths[0], "--out", out, "DATASETS.TEST", "()"]) == 2
+    assert "'0': DATASETS.TEST is empty" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
