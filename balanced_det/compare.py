@@ -11,7 +11,9 @@ The intervals
     at all, which shifts AP by itself, so its deviation from the mean of the draws counts. To that
     comes the seeds' part: their standard deviation is pooled over all setups, since three runs tell
     little of it, and Student's t of as many degrees of freedom as were pooled stands for what is
-    not known of it. With one run a setup nothing is known of seeds, and the page says so.
+    not known of it. With one run a setup nothing is known of seeds, and the page says so. What
+    fewer than six images hold has no interval: even if all of them agreed, that would come about by
+    chance more often than once in twenty times (twice 2^-5; twice 2^-6 is 1 in 32).
 """
 
 import argparse
@@ -26,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from .data.annotations import GROUPS, Annotations, read_annotations
 from .errors import InputError
@@ -36,6 +39,7 @@ from .report import Page, figures, telling, write_csv, write_json_lines
 from .runs import (
     PLACE_KEYS,
     Run,
+    annotation_file,
     distinct_names,
     parse_setup,
     plan,
@@ -47,6 +51,7 @@ METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
 _TOLD = ("AP", "APr", "APc", "APf")  # what a verdict is given of
 _QUANTILES = (0.025, 0.975)
 _GROUP_NAMES = dict(zip(GROUPS, ("rare", "common", "frequent")))
+_MIN_IMAGES = 6  # that hold an object, for an interval
 _SAME_AP = 0.01  # percent: the files of detections hold the numbers that were evaluated
 _FEW = 8  # figures of classes
 
@@ -77,7 +82,7 @@ class Interval:
 
     Attributes:
         value: the mean over runs, or the difference of two means.
-        low, high: over other images and seeds, 95%.
+        low, high: over other images and seeds, 95%; NaN where too few images hold an object.
         images_low, images_high: over other images alone.
     """
 
@@ -101,6 +106,7 @@ class Comparison:
         truth: what was evaluated on, and ``digest``, SHA-256 of that file.
         groups: K of "r", "c", "f" or None.
         train_images: {class: training images}.
+        holding: images that hold an object: of "metrics" (M,), of "classes" (K,).
         draws: B.
         task: "bbox" or "segm".
     """
@@ -110,6 +116,7 @@ class Comparison:
     digest: str
     groups: list
     train_images: dict
+    holding: dict
     draws: int
     task: str
 
@@ -132,14 +139,18 @@ class Comparison:
         """Return the mean over an entry's runs, of its "metrics" (M,) or "classes" (K,)."""
         values = getattr(entry, of)
         spread = self._spread(of) / np.sqrt(len(values))
-        found = _interval(values.mean(axis=0), spread, self.seeds_freedom)
+        found = self._interval(of, values.mean(axis=0), spread)
         return Interval(*(np.clip(x, 0, 100) for x in dataclasses.astuple(found)))  # percent
 
     def difference(self, entry: Entry, of: str = "metrics") -> Interval:
         """Return the entry's mean less the first's."""
         ours, theirs = getattr(entry, of), getattr(self.first, of)
         spread = self._spread(of) * np.sqrt(1 / len(ours) + 1 / len(theirs))
-        return _interval(ours.mean(axis=0) - theirs.mean(axis=0), spread, self.seeds_freedom)
+        return self._interval(of, ours.mean(axis=0) - theirs.mean(axis=0), spread)
+
+    def _interval(self, of, values, spread):
+        enough = self.holding[of] >= _MIN_IMAGES
+        return _interval(values, spread, self.seeds_freedom, enough)
 
     def _spread(self, of):
         """(M,) or (K,) standard deviation between runs of one entry, pooled over all."""
@@ -148,9 +159,17 @@ class Comparison:
         return np.sqrt(squares / max(self.seeds_freedom, 1))
 
 
-def _interval(values, spread, freedom):
-    """Args: (n, 1 + B) a number and its draws; (n,) its standard error over seeds."""
-    number, draws = values[:, 0], values[:, 1:].astype(np.float64)
+def _interval(values, spread, freedom, enough):
+    """Return the :class:`Interval` of n numbers.
+
+    Args:
+        values: (n, 1 + B) each number and its draws.
+        spread: (n,) its standard error over seeds.
+        freedom: degrees of freedom of that.
+        enough: (n,) bool, whether it has an interval.
+    """
+    number = values[:, 0]
+    draws = np.where(enough[:, None], values[:, 1:], np.nan).astype(np.float64)
     deviation = draws - _mean_of_present(draws, axis=1)[:, None]
     images = _quantiles(deviation)
     if freedom:
@@ -203,38 +222,74 @@ def compare_runs(
     truth, digest = read_annotations(first.annotations), _digest(first.annotations)
     weights = draw_images(len(truth.images), draws)
     groups = [first.groups.get(c) or truth.categories[c].frequency for c in _classes(truth)]
-    entries = []
-    for name, runs, failures in groups_of_runs:
-        measured = []
-        for run in runs:
-            _check_same_data(run, first, truth, digest)
-            measured.append(_measure(run, truth, weights, groups, task))
-        metrics, classes = zip(*measured) if measured else ((), ())
-        entries.append(
-            Entry(name, list(runs), list(failures), np.array(metrics), np.array(classes))
-        )
-    return Comparison(entries, truth, digest, groups, first.train_images, draws, task)
+    holding = _images_holding(truth, groups)
+    check_same_data(
+        [(f"'{r.folder}'", r.annotations) for _, runs, _ in groups_of_runs for r in runs]
+    )
+    entries, total = [], sum(len(runs) for _, runs, _ in groups_of_runs)
+    with tqdm(desc="Evaluating", unit="run", total=total) as progress:
+        for name, runs, failures in groups_of_runs:
+            measured = []
+            for run in runs:
+                measured.append(_measure(run, truth, weights, groups, task))
+                progress.update()
+            metrics, classes = zip(*measured) if measured else ((), ())
+            entries.append(
+                Entry(name, list(runs), list(failures), np.array(metrics), np.array(classes))
+            )
+    return Comparison(entries, truth, digest, groups, first.train_images, holding, draws, task)
 
 
 def _classes(truth):
     return range(len(truth.categories))
 
 
-def _check_same_data(run, first, truth, digest):
-    if run.annotations == first.annotations:
+def _images_holding(truth, groups):
+    """Images that hold an object to find, of each metric's classes and of each class."""
+    counted = _counted(truth)
+    image, category = truth.image[counted], truth.category[counted]
+    of_group = np.array([group or "" for group in groups])[category]
+    metrics = [
+        len(np.unique(image[of_group == name[2:]] if name[2:] in GROUPS else image))
+        for name in METRICS
+    ]
+    pairs = np.unique(np.stack([category, image]), axis=1)
+    classes = np.bincount(pairs[0], minlength=len(groups))
+    return {"metrics": np.array(metrics), "classes": classes}
+
+
+def _counted(truth):
+    """(n,) bool: what is an object to find."""
+    return ~(truth.crowd | truth.ignore) & truth.finite()
+
+
+def check_same_data(tests: Sequence[tuple[str, str]]) -> None:
+    """Refuse what was evaluated on other data or classes than the first.
+
+    Args:
+        tests: (what a message calls it, its annotation file).
+
+    Raises:
+        InputError: as told, or a file cannot be read.
+    """
+    name, path = tests[0]
+    others = {other: who for who, other in reversed(tests) if other != path}
+    if not others:
         return
-    own = read_annotations(run.annotations)
-    names, expected = ([c.name for c in data.categories] for data in (own, truth))
-    if names != expected:
-        raise InputError(
-            f"'{run.folder}' and '{first.folder}' have other classes: {own.source} lists "
-            f"{len(names)}, {truth.source} {len(expected)}, and they differ."
-        )
-    if _digest(run.annotations) != digest:
-        raise InputError(
-            f"'{run.folder}' and '{first.folder}' were evaluated on other data, {own.source} and "
-            f"{truth.source}."
-        )
+    truth, digest = read_annotations(path), _digest(path)
+    expected = [category.name for category in truth.categories]
+    for other, who in others.items():
+        own = read_annotations(other)
+        names = [category.name for category in own.categories]
+        if names != expected:
+            raise InputError(
+                f"{who} and {name} have other classes: {own.source} lists {len(names)}, "
+                f"{truth.source} {len(expected)}, and they differ."
+            )
+        if _digest(other) != digest:
+            raise InputError(
+                f"{who} and {name} are evaluated on other data, {own.source} and {truth.source}."
+            )
 
 
 def _digest(path):
@@ -374,7 +429,7 @@ def class_table(c: Comparison) -> tuple[list[str], list[list]]:
         "difference high",
         "shown",
     ]
-    objects, images = _objects(c.truth)
+    objects = np.bincount(c.truth.category[_counted(c.truth)], minlength=len(c.groups))
     rows = []
     for entry in (c.first, *c.others):
         mean, difference = c.mean(entry, "classes"), c.difference(entry, "classes")
@@ -388,7 +443,7 @@ def class_table(c: Comparison) -> tuple[list[str], list[list]]:
                     category.name,
                     _GROUP_NAMES.get(c.groups[k]),
                     c.train_images.get(k),
-                    int(images[k]),
+                    int(c.holding["classes"][k]),
                     int(objects[k]),
                     *(_number(getattr(mean, n)[k]) for n in ("value", "low", "high")),
                     *(columns[f"difference{n}"] for n in ("", "_low", "_high")),
@@ -401,13 +456,12 @@ def class_table(c: Comparison) -> tuple[list[str], list[list]]:
 def make_page(c: Comparison, command: str = "") -> Page:
     """Return the page of a comparison."""
     page = Page("Comparison", f"Against {c.first.name}, on {c.truth.source}")
-    objects, _ = _objects(c.truth)
     page.tiles(
         {
             "setups": str(len(c.entries)),
             "runs": str(sum(len(entry.runs) for entry in c.entries)),
             "validation images": f"{len(c.truth.images):,}",
-            "objects": f"{objects.sum():,}",
+            "objects": f"{_counted(c.truth).sum():,}",
             "classes": f"{len(c.truth.categories):,}",
         }
     )
@@ -428,9 +482,18 @@ def _show_verdicts(page, c):
             page.conclude(f"A run of {entry.name} is missing.", failure, "warn")
     for entry in c.others:
         page.conclude(*verdict(c, entry))
+    for what, key in (("commits", "commit"), ("limits of detections an image", "max_dets")):
+        found = _all(c, key)
+        if len(found) > 1:
+            page.conclude(
+                f"The runs have different {what}, to which a difference may be due.",
+                f"{', '.join(found)}.",
+                "warn",
+            )
     told = len(c.others) * sum(not np.isnan(v) for v in _told_values(c))
     page.say(
-        "An interval holds what 95 of 100 repetitions would give, over "
+        "Higher or lower is said only where a 95% interval excludes zero. Intervals tell what "
+        "might have come of "
         + ("other images and other seeds." if c.seeds_freedom else "other images alone.")
     )
     if not c.seeds_freedom:
@@ -443,6 +506,13 @@ def _show_verdicts(page, c):
             f"{told} differences are told here: where nothing differs, about {0.05 * told:.0f} of "
             "them would look as if it did."
         )
+
+
+def _all(c, key):
+    """What the runs have as their "commit", "card" or "max_dets", each once; unknown ones too."""
+    runs = [run for entry in c.entries for run in entry.runs]
+    found = ({**run.provenance(), "max_dets": run.max_dets}[key] for run in runs)
+    return list(dict.fromkeys("unknown" if value is None else str(value) for value in found))
 
 
 def _told_values(c):
@@ -466,12 +536,16 @@ def verdict(c: Comparison, entry: Entry) -> tuple[str, str, str]:
     else:
         text = f"{entry.name}: no difference from {c.first.name} is shown."
     numbers = "; ".join(
-        f"{METRICS[m]} {difference.value[m]:+.1f} ({difference.low[m]:+.1f} to "
-        f"{difference.high[m]:+.1f})"
-        for m in told
+        f"{METRICS[m]} {difference.value[m]:+.1f} ({_range(difference, m, '+.1f')})" for m in told
     )
     kinds = {1: "do", -1: "warn", 0: "note"}
     return text, f"{numbers}.", kinds[int(shown[first])]
+
+
+def _range(interval, index, form):
+    if np.isnan(interval.low[index]):
+        return "too few images"
+    return f"{interval.low[index]:{form}} to {interval.high[index]:{form}}"
 
 
 def _at(interval, metric):
@@ -502,7 +576,7 @@ def _number_row(c, entry, shown):
     cells = []
     for m in shown:
         deviation = "" if np.isnan(spread[m]) else f" ± {spread[m]:.1f}"
-        cells.append(f"{mean.value[m]:.1f}{deviation} ({mean.low[m]:.1f} to {mean.high[m]:.1f})")
+        cells.append(f"{mean.value[m]:.1f}{deviation} ({_range(mean, m, '.1f')})")
     return [entry.name, len(entry.runs), *cells]
 
 
@@ -549,6 +623,7 @@ def _show_classes(page, c):
     ]
     for entry, table in list(zip(c.others, by_setup))[:_FEW]:
         shown = sum(bool(row["shown"]) for row in table)
+        known = sum(row["difference low"] is not None for row in table)
         axis = "training images" if c.train_images else "test objects"
         points = [
             {
@@ -567,9 +642,9 @@ def _show_classes(page, c):
             figures.points(
                 points, axis, "difference in AP", color="group", order=order, log_x=True
             ),
-            f"{entry.name}: AP of each class less that of {c.first.name}. The interval excludes "
-            f"zero for {shown} of {len(table)} classes, where {0.05 * len(table):.0f} would by "
-            "chance.",
+            f"{entry.name}: AP of each class less that of {c.first.name}. Of {known} classes that "
+            f"{_MIN_IMAGES} or more images hold, the interval of {shown} excludes zero; about "
+            f"{0.05 * known:.0f} would by chance.",
         )
     if len(c.others) > _FEW:
         page.say(f"Figures of the first {_FEW} setups; the table has all.")
@@ -605,10 +680,10 @@ def _show_cost(page, c):
             ]
         )
     page.table(header, rows)
-    together = {cost["side_by_side"] for of_runs in costs for cost in of_runs}
+    together = {n for of_runs in costs for cost in of_runs if (n := cost["side_by_side"])}
     page.say("Seconds are medians over iterations and runs, memory is the largest of a run.")
     if together - {1}:
-        told = ", ".join(sorted("unknown" if n is None else str(n) for n in together))
+        told = ", ".join(map(str, sorted(together)))
         page.say(
             f"Trainings that ran side by side: {told}. They share the machine, so times compare "
             "only within this page, and roughly."
@@ -653,17 +728,6 @@ def _protocol(protocol):
 
 def _setting(value):
     return None if value is None else str(value)
-
-
-def _objects(truth):
-    """(K,) objects to find and images that hold one."""
-    counted = ~(truth.crowd | truth.ignore) & truth.finite()
-    count = len(truth.categories)
-    pairs = np.unique(np.stack([truth.category[counted], truth.image[counted]]), axis=1)
-    return (
-        np.bincount(truth.category[counted], minlength=count),
-        np.bincount(pairs[0], minlength=count),
-    )
 
 
 def _spread_of(metrics):
@@ -717,8 +781,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parse(arguments)
         setups, opts = _split_words(options.setups)
         compared = _finished(options, setups, opts)
-        with telling("Comparing"):
-            found = compare_runs(compared, draws=options.draws, task=options.task)
+        found = compare_runs(compared, draws=options.draws, task=options.task)
         command = " ".join(["balanced-det compare", *arguments])
         with telling("Writing the page"):
             page = write_comparison(found, options.out, command)
@@ -789,10 +852,18 @@ def _finished(options, words, opts):
     setups = distinct_names([parse_setup(word) for word in words if word not in folders])
     if opts and not setups:
         raise InputError(f"'{opts[0]}' has no effect: all runs are finished.")
-    planned = {
-        setup: [plan(setup, seed, options.out, opts) for seed in range(options.seeds)]
-        for setup in setups
-    }
+    planned = {}
+    with telling("Reading what is to be compared"):
+        for setup in setups:
+            runs = [plan(setup, seed, options.out, opts) for seed in range(options.seeds)]
+            planned[setup] = runs
+        if planned:  # before hours of training
+            check_same_data(
+                [
+                    (f"'{setup.name}'", annotation_file(runs[0].settings, _test_set(options, runs)))
+                    for setup, runs in planned.items()
+                ]
+            )
     failures = train_all(
         # All setups with one seed before the next: what is there can be compared early.
         [run for of_seed in zip(*planned.values()) for run in of_seed],
@@ -808,6 +879,13 @@ def _finished(options, words, opts):
             raise InputError(f"'{name}' is listed twice.")
         read[name] = (runs, [])
     return [(name, *read[name]) for name in _in_order(words, setups, read)]
+
+
+def _test_set(options, runs):
+    names = runs[0].settings["DATASETS.TEST"]
+    if not names:
+        raise InputError(f"'{runs[0].setup.name}': DATASETS.TEST is empty.")
+    return options.test_set or names[0]
 
 
 def _read(options, folder):

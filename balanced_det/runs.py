@@ -139,7 +139,8 @@ def plan(setup: Setup, seed: int, out: Path, opts: Sequence[str]) -> Planned:
     if is_lazy_file(setup.config_file):
         pairs = zip(setup.opts[::2], setup.opts[1::2])
         words = [*opts, *(f"{key}={value}" for key, value in pairs)]
-        place = [f"train.output_dir={folder}", f"train.seed={seed}"]
+        quoted = str(folder).replace("'", r"\'")  # its name may hold an equals sign
+        place = [f"train.output_dir='{quoted}'", f"train.seed={seed}"]
     else:
         words = [*opts, *setup.opts]
         place = ["OUTPUT_DIR", str(folder), "SEED", str(seed)]
@@ -240,13 +241,15 @@ def is_finished(run: Planned) -> bool:
             f"'{run.folder}' holds a run of another version of '{run.setup.config_file}'; choose "
             "another --out, or remove it."
         )
-    return record.get("exit") == 0
+    results = [p for name in _DETECTIONS for p in (run.folder / "inference").rglob(name)]
+    return record.get("exit") == 0 and bool(results)
 
 
 def _first_difference(found, wanted):
-    for key in sorted({*found, *wanted} - set(PLACE_KEYS[:2])):
-        if found.get(key) != wanted.get(key):
-            return f"{key}, {_brief(found.get(key))} instead of {_brief(wanted.get(key))}"
+    # A key that one of them lacks came or went with a version of the code.
+    for key in sorted((found.keys() & wanted.keys()) - {"OUTPUT_DIR", "MODEL.DEVICE"}):
+        if found[key] != wanted[key]:
+            return f"{key}, {_brief(found[key])} instead of {_brief(wanted[key])}"
     return ""
 
 
@@ -258,8 +261,9 @@ def _brief(value):
 def _source(run):
     """A digest of a Python config, whose tree is not among the settings."""
     if run.setup.config_file.endswith(".py"):
-        words = json.dumps([word for word in run.command if "output_dir=" not in word][2:])
-        content = Path(run.setup.config_file).read_bytes() + words.encode()
+        words = run.command[run.command.index("--config-file") + 2 :]
+        told = [word for word in words if not word.startswith("train.output_dir=")]
+        content = Path(run.setup.config_file).read_bytes() + json.dumps(told).encode()
         return hashlib.sha256(content).hexdigest()
     return None
 
@@ -518,7 +522,9 @@ def read_run(folder: str | os.PathLike, task: str = "bbox", test_set: str | None
         raise InputError(f"'{folder}' is no folder of a run: it has no config.yaml.")
     settings = read_settings(folder)
     names = list(settings.get("DATASETS.TEST") or [])
-    test_set = test_set or (names[0] if names else None)
+    if not names:
+        raise InputError(f"'{folder}' was not evaluated: its DATASETS.TEST is empty.")
+    test_set = test_set or names[0]
     if test_set not in names:
         raise InputError(f"'{folder}' was not evaluated on '{test_set}': DATASETS.TEST is {names}.")
     _check_ended(folder, settings)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw the unscaled classification loss of several runs into one figure.
 
-    python benchmarks/plot_losses.py output/bench_shapes/*_seed0 --out docs/losses.png
+    python benchmarks/plot_losses.py output/compare/*_seed0 --out docs/losses.png
 
 A guided classification loss has the value of the box loss at every step, so it is the loss before
 the scale that tells how the classification learns. Curves are labelled by the run's folder.

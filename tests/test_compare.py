@@ -157,7 +157,8 @@ def test_seeds_alone_seem_to_differ_in_one_of_twenty_comparisons():
     rng, count = np.random.default_rng(0), 1000
     values = rng.normal(20.0, 1.0, (2, 3, count, 1)).repeat(1 + 400, axis=3)
     entries = [compare.Entry(str(i), [None] * 3, [], values[i], values[i]) for i in range(2)]
-    c = compare.Comparison(entries, None, "", [], {}, 400, "bbox")
+    holding = {"metrics": np.full(count, 100)}
+    c = compare.Comparison(entries, None, "", [], {}, holding, 400, "bbox")
     assert c.seeds_freedom == 4
     found = int(np.abs(c.difference(entries[1]).shown()).sum())
     assert 22 <= found <= 78
@@ -176,7 +177,13 @@ def test_a_class_that_some_draws_lack_takes_part_where_it_is(tmp_path):
     classes = c.first.classes[0]
     absent = np.isnan(classes[rare - 1])
     assert not absent[0] and 0.2 < absent[1:].mean() < 0.5  # (5/6)^6 = 0.33
-    assert np.isfinite(c.mean(c.first, "classes").high[rare - 1])
+    # One image tells nothing of others, though each draw that has it may say the same.
+    mean, difference = c.mean(c.first, "classes"), c.difference(c.first, "classes")
+    assert np.isfinite(mean.value[rare - 1]) and np.isnan(mean.high[rare - 1])
+    assert not difference.shown()[rare - 1]
+    images = {a["image_id"] for a in kept if not (a["iscrowd"] or a["ignore"])}
+    assert c.holding["metrics"][0] == len(images) == 6 and c.holding["classes"][rare - 1] == 1
+    assert np.isfinite(mean.high).sum() == (c.holding["classes"] >= 6).sum()
     assert np.isnan(c.mean(c.first, "classes").value[CLASSES - 1])  # it never occurs
 
 
@@ -234,6 +241,42 @@ def test_folders_that_differ_in_their_seed_alone_are_runs_of_one_setup(tmp_path)
     finished_run(renamed, annotations, detections, 7, SOLVER__MAX_ITER=7)
     found = compare._of_one_setup([runs.read_run(f) for f in (folders[0], renamed)])
     assert list(found) == ["plain", str(renamed)]
+
+
+def test_cost_and_card_are_those_of_the_runs_own_files(two, tmp_path):
+    _, annotations, _, _ = two
+    folder = finished_run(
+        tmp_path / "run", annotations, [], SOLVER__MAX_ITER=100, MODEL__DEVICE="cuda:1"
+    )
+    (folder / "log.txt").write_text(
+        "GPU available                    Yes\n"
+        "GPU 0                            Some Card 80GB (arch=9.0)\n"
+        "GPU 0,1                          NVIDIA H100 80GB HBM3 (arch=9.0)\n"  # resumed elsewhere
+        "[11/25 14:10:49] d2.utils.events INFO:  iter: 19  lr: 0.03  max_mem: 2101M\n"
+        "[11/25 14:10:59] d2.utils.events INFO:  iter: 39  lr: 0.03  max_mem: 2345M\n"
+    )
+    rows = [{"iteration": i, "time": t} for i, t in ((19, 0.5), (59, 0.2), (99, 0.3))]
+    (folder / "metrics.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_json(folder / "run.json", {"commit": "abc", "command": "python x", "jobs": 3})
+    run = runs.read_run(folder)
+    assert run.cost() == {
+        "seconds_per_iteration": 0.3,
+        "training_seconds": pytest.approx(30.0),
+        "gpu_memory_mb": 2345,
+        "host_memory_mb": None,
+        "side_by_side": 3,
+    }
+    assert run.provenance()["card"] == "NVIDIA H100 80GB HBM3"
+    assert run.provenance()["commit"] == "abc" and run.provenance()["command"] == "python x"
+
+
+def test_runs_of_different_commits_are_told_so(two, tmp_path):
+    _, annotations, good, _ = two
+    folder = finished_run(tmp_path / "run", annotations, [])
+    write_json(folder / "run.json", {"commit": "abc"})
+    page = str(compare.make_page(comparison(good, folder, draws=10)))
+    assert "different commits" in page and "unknown, abc." in page
+    assert "different commits" not in str(compare.make_page(comparison(good, good, draws=10)))
 
 
 def test_names_are_data_and_never_markup(tmp_path):
@@ -301,7 +344,7 @@ def break_config(folder, annotations):
     ("breaking", "words"),
     [
         (break_classes, "have other classes"),
-        (break_data, "were evaluated on other data"),
+        (break_data, "are evaluated on other data"),
         (break_results, "holds no results"),
         (break_training, "was stopped at iteration 60 of 100: resume it first"),
         (break_annotations, "its detections give AP 0.00 on"),
@@ -373,6 +416,18 @@ def test_signs_of_numbers_do_not_part_a_setup():
     assert setup.opts == ("SOLVER.WEIGHT_DECAY", "1e+2")
 
 
+def test_a_python_config_takes_its_own_words(tmp_path):
+    setup = runs.parse_setup("configs/lazy/mask_rcnn_R_50_FPN.py+train.max_iter=7")
+    planned = runs.plan(setup, 2, tmp_path / "it's", ["optimizer.lr=0.1"])
+    assert planned.settings["SEED"] == 2 and planned.settings["SOLVER.MAX_ITER"] == 7
+    assert planned.settings["OUTPUT_DIR"] == str(planned.folder)
+    # Its tree is not among the settings: a digest tells runs of another version apart.
+    planned.folder.mkdir(parents=True)
+    write_json(planned.folder / "run.json", {"exit": 0, "source": "another"})
+    with pytest.raises(InputError, match="another version of 'configs/lazy"):
+        runs.is_finished(planned)
+
+
 def test_configs_of_one_name_are_told_apart_by_their_folders():
     setups = [
         runs.parse_setup(f"configs/{folder}/libra_retinanet_R_50_FPN_1x.yaml")
@@ -397,6 +452,23 @@ def test_configs_of_one_name_are_told_apart_by_their_folders():
 def test_a_command_that_cannot_work_trains_nothing(tmp_path, capsys, arguments, words):
     assert compare.main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_data_is_seen_before_anything_is_trained(two, tmp_path, capsys):
+    truth, annotations, _, _ = two
+    other = write_json(tmp_path / "other.json", {**truth, "images": truth["images"] + [{"id": 99}]})
+    paths = []
+    for index, path in enumerate((annotations, other)):
+        keys = {"DATASETS": [[f"{path}", f"{path}", ""]]}
+        content = {"_BASE_": str(ROOT / "configs/quickstart.yaml"), "BALANCE": keys}
+        content["DATASETS"] = {"TRAIN": [str(path)], "TEST": [str(path)]}
+        paths.append(str(write_json(tmp_path / f"{index}.yaml", content)))
+    out = str(tmp_path / "out")
+    assert compare.main([*paths, "--out", out]) == 2
+    assert "'1' and '0' are evaluated on other data" in capsys.readouterr().err
+    assert compare.main([paths[0], "--out", out, "DATASETS.TEST", "()"]) == 2
+    assert "'0': DATASETS.TEST is empty" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ import csv
 import ctypes
 import html.parser
 import json
+import math
 import os
 import re
 import time
@@ -13,7 +14,15 @@ import pytest
 from browser import open_page
 
 from balanced_det.errors import InputError
-from balanced_det.report import Page, figures, telling, write_csv, write_json, write_whole
+from balanced_det.report import (
+    Page,
+    figures,
+    telling,
+    write_csv,
+    write_json,
+    write_json_lines,
+    write_whole,
+)
 from balanced_det.report.files import finite
 
 NAMES = [
@@ -47,6 +56,17 @@ FIGURES = {
         "b",
         "value",
         order=NAMES,
+    ),
+    "intervals": figures.intervals(
+        [
+            {"name": name, "the value": k, "low.": math.nan if k == 3 else k - 1.5, "high": k + k}
+            for k, name in enumerate(dict.fromkeys(NAMES))
+        ],
+        "the value",
+        "low.",
+        "high",
+        "name",
+        zero="<i>none</i>",
     ),
     "rules": figures.rules(figures.points(ROWS, "images. all", "share"), {"limit <b>": 10}),
 }
@@ -149,6 +169,15 @@ def test_every_figure_is_a_valid_specification(name):
     assert compiler.vegalite_to_svg(figure).startswith("<svg")
 
 
+def test_an_interval_without_ends_is_a_point_alone():
+    compiler = pytest.importorskip("vl_convert")
+    rows = [{"n": "a", "v": 5, "l": 4, "h": 6}, {"n": "b", "v": 9, "l": math.nan, "h": math.nan}]
+    figure = figures.intervals(rows, "v", "l", "h", "n")
+    drawn = compiler.vegalite_to_svg(finite({**figure, "width": 300}))
+    assert drawn.count('aria-roledescription="point"') == 2
+    assert drawn.count('aria-roledescription="rule mark"') == 1
+
+
 def test_a_figure_without_a_row_is_told_and_not_drawn():
     assert "".join(Elements(str(full_page())).text).count("There is nothing to draw.") == len(EMPTY)
 
@@ -243,6 +272,15 @@ def test_json_holds_arrays_and_no_number_that_is_none(tmp_path):
         "3": [2, None],
         "ü": True,
     }
+
+
+def test_json_lines_hold_a_row_each_whatever_its_texts(tmp_path):
+    rows = [{"name": name, "value": math.nan} for name in NAMES]
+    path = write_json_lines(tmp_path / "a.jsonl", rows)
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
+    names = [name.replace("\ud800", "?") for name in NAMES]
+    assert [json.loads(line) for line in lines] == [{"name": n, "value": None} for n in names]
 
 
 # --- Progress -------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def intervals(
 
     Args:
         rows: {field: value}, as for :func:`points`.
-        value, low, high: fields of numbers.
+        value, low, high: fields of numbers. A row without a low end has a point alone.
         name: a field of texts that differ.
         zero: the label of a dashed line at 0; without it there is none.
     """
@@ -159,6 +159,7 @@ def intervals(
     }
     hover = _hover(rows)
     span = {
+        "transform": [{"filter": f"isValid(datum['{_field(low)}'])"}],
         "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.45},
         "encoding": {
             "y": names,
