@@ -158,6 +158,16 @@ def rules(figure: dict, lines_at: dict[str, float], axis: str = "x") -> dict:
     return {**rest, "layer": [own, layer]}
 
 
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return names that differ, since an axis shows equal ones as one."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return result
+
+
 def _figure(rows, mark, encoding, height):
     fields = {name: _field(name) for row in rows[:1] for name in row}
     return {
