@@ -205,7 +205,7 @@ def _groups(page, evaluated):
                         "task": task,
                     }
                 )
-    figure = figures.bars(rows, "metric", "percent", color="task" if rows else None)
+    figure = figures.bars(rows, "metric", "percent", color="task" if len(evaluated.metrics) > 1 else None)
     counts = [row["group"] for row in evaluated.classes]
     held = ", ".join(f"{counts.count(key)} {word}" for key, word in GROUPS.items() if key in counts)
     page.figure(figure, f"AP by group of classes ({held}) and by size of objects.")
@@ -287,6 +287,7 @@ def _error_types(page, errors):
         "What AP50 would gain if errors of one kind were mended (TIDE, arXiv 2008.08115), over "
         f"{errors.num_images:,} images.",
     )
+    page.table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _confusion(page, evaluated, errors):
@@ -426,7 +427,9 @@ def _training(page, run):
         )
         scales = [key for key in run.logged() if key.endswith("guided_scale")]
         _curves(page, run, scales, "scale", "What guided loss multiplies it by.")
-    shares = [key for key in run.logged() if GRADIENT_SHARE in key]
+    shares = [
+        key for group in "rcf" for key in run.logged() if key.endswith(f"{GRADIENT_SHARE}_{group}")
+    ]
     _curves(
         page,
         run,
@@ -441,14 +444,21 @@ def _training(page, run):
     _curves(page, run, [k for k in run.logged() if k == "lr"], "learning rate", "Learning rate.")
 
 
-def _curves(page, run, keys, value, caption, name=str):
+def _curves(page, run, keys, value, caption, name=None):
+    """Draw what was logged under names, which are shortened where no two become equal."""
+    last = [key.split("/")[-1] for key in keys]
+    words = [
+        name(key) if name is not None else short if last.count(short) == 1 else key
+        for key, short in zip(keys, last)
+    ]
     rows = [
-        {"iteration": i, value: float(f"{v:.6g}"), "what": printable(name(key))}
-        for key in keys
+        {"iteration": i, value: float(f"{v:.6g}"), "what": printable(word)}
+        for key, word in zip(keys, words)
         for i, v in _thinned(run.series(key))
     ]
     if rows:
-        page.figure(figures.lines(rows, "iteration", value, color="what"), caption)
+        order = [printable(word) for word in words]
+        page.figure(figures.lines(rows, "iteration", value, color="what", order=order), caption)
 
 
 def _group_of(key, with_part):
@@ -559,7 +569,7 @@ def _settings(page, cfg, config_file):
     origins = cfg.BALANCE.__dict__.get("origins", {})
     defaults, values = _leaves(_default_config()), _leaves(cfg)
     changed = {k: v for k, v in values.items() if k not in defaults or defaults[k] != v}
-    own = {COMMAND_LINE, config_file}
+    own = {COMMAND_LINE, config_file} if origins else set()
     rows = []
     for key in sorted(changed, key=lambda k: (_source(origins, k) not in own, k)):
         default = _short(defaults[key]) if key in defaults else None
@@ -569,7 +579,8 @@ def _settings(page, cfg, config_file):
     if mine:
         page.say("What this run changes against the configs that it is based on:")
         page.table(header, mine)
-    page.table(header, rows, summary=f"All {len(rows)} keys that differ from the defaults")
+    summary = f"All {_n(len(rows), 'key', 'keys')} that differ from the defaults"
+    page.table(header, rows, summary=summary if mine else None)
     return [dict(zip(header, row)) for row in rows]
 
 

@@ -75,7 +75,7 @@ def bars(
             "type": "nominal",
             "sort": None,
             "title": x,
-            "axis": {"labelLimit": _LABEL_LIMIT, "labelAngle": -40 if len(rows) > 6 else 0},
+            "axis": {"labelLimit": _LABEL_LIMIT, "labelAngle": -40 if _is_wide(rows, x) else 0},
         },
         "y": _number(y, log_y, rows),
         "tooltip": _hover(rows),
@@ -126,7 +126,7 @@ def heat(
     """
     axis = {"labelLimit": _LABEL_LIMIT, "labelOverlap": False}
     # On a narrow page upright names are left out where they would touch.
-    upright = {"labelAngle": -90, "labelOverlap": "greedy"} if len(order) > 4 else {"labelAngle": 0}
+    upright = {"labelAngle": -90, "labelOverlap": "greedy"} if len(order) > 2 else {"labelAngle": 0}
     encoding = {
         "x": {**_name(x, order), "axis": {**axis, **upright}},
         "y": {**_name(y, order), "axis": axis},
@@ -180,6 +180,11 @@ def _figure(rows, mark, encoding, height):
     }
 
 
+def _is_wide(rows, field):
+    """Whether texts side by side are wider than a phone."""
+    return len(rows) > 6 or sum(len(str(row[field])) for row in rows) > 40
+
+
 def _field(name):
     """A field's name without the signs by which Vega-Lite reaches into an object."""
     return name.translate(str.maketrans({".": "_", "[": "(", "]": ")", "\\": "_", "'": "_"}))
@@ -227,7 +232,8 @@ def _color(name, order):
             "field": _field(name),
             "type": "nominal",
             "title": name,
-            "legend": {"orient": "top"},
+            # Three side by side, since more are wider than a phone and would be cut off.
+            "legend": {"orient": "top", "columns": 3, "labelLimit": 95},
             **({"scale": {"domain": list(order)}, "sort": list(order)} if order else {}),
         }
     }
