@@ -205,7 +205,9 @@ def _groups(page, evaluated):
                         "task": task,
                     }
                 )
-    figure = figures.bars(rows, "metric", "percent", color="task" if len(evaluated.metrics) > 1 else None)
+    figure = figures.bars(
+        rows, "metric", "percent", color="task" if len(evaluated.metrics) > 1 else None
+    )
     counts = [row["group"] for row in evaluated.classes]
     held = ", ".join(f"{counts.count(key)} {word}" for key, word in GROUPS.items() if key in counts)
     page.figure(figure, f"AP by group of classes ({held}) and by size of objects.")
