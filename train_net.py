@@ -38,6 +38,7 @@ from balanced_det.engine import (
     start,
     trainer_of,
 )
+from balanced_det.run_report import report_run
 
 
 def configure(args):
@@ -66,6 +67,9 @@ def main(args):
         trainer = trainer_of(cfg)(cfg)
         trainer.resume_or_load(resume=args.resume)
         results = trainer.train()
+    if cfg.BALANCE.REPORT and comm.is_main_process():
+        weights = cfg.MODEL.WEIGHTS if args.eval_only and not args.resume else ""
+        report_run(cfg, args.config_file, weights)
     print_results(results, cfg.OUTPUT_DIR)
     return results
 

@@ -581,7 +581,7 @@ def _show_together(page, a):
         return
     page.section("Classes that occur together")
     shown = a.present[:_FEW]
-    names = _distinct([a.classes[i] for i in shown])
+    names = figures.distinct([a.classes[i] for i in shown])
     rows = [
         {
             "class": names[r],
@@ -753,16 +753,6 @@ def _trimmed(rows, field):
     """Without the empty bins at both ends."""
     filled = [k for k, row in enumerate(rows) if row[field]]
     return rows[filled[0] : filled[-1] + 1] if filled else rows
-
-
-def _distinct(names):
-    """Names that differ, since an axis shows equal ones as one."""
-    seen = {}
-    result = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return result
 
 
 def _range(low, high):

@@ -17,6 +17,7 @@ _COMMANDS = {
     "train": ("balanced_det.train", "train and evaluate a detector"),
     "compare": ("balanced_det.compare", "compare configs or finished runs"),
     "predict": ("balanced_det.predict", "detect objects in images"),
+    "report": ("balanced_det.run_report", "write the page of a run again"),
     "evaluate": ("balanced_det.evaluation.__main__", "evaluate a file of detections"),
     "shapes": ("balanced_det.data.shapes", "generate a long-tailed data set"),
 }

@@ -24,18 +24,19 @@ import numpy as np
 import pycocotools.mask as mask_util
 import torch
 from detectron2 import modeling
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, transforms
 from detectron2.structures import Instances
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from . import detectors
 from .build import counting
-from .config import add_balanced_det_config, load_config
+from .config import load_config
 from .config.imports import import_modules, resolve_imports
+from .config.saved import saved_config
 from .data.annotations import read_json
-from .data.images import upright_size
+from .data.images import read_image
 from .engine.checkpoint import Checkpointer, read_checkpoint, untrained
 from .errors import InputError, printable
 from .evaluation.evaluator import run_lengths_of
@@ -238,27 +239,12 @@ def _config_of(content, path, opts):
             f"The checkpoint '{path}' brings no config (it is older, or of a Python config): give "
             "its own with --config-file."
         )
-    if len(opts) % 2:
-        raise InputError(f"Not pairs of KEY VALUE: {' '.join(map(str, opts))}.")
-    cfg = get_cfg()
-    add_balanced_det_config(cfg)
-    try:
-        loaded = CfgNode.load_cfg(text)
-        needed = list(loaded.get("BALANCE", {}).get("IMPORTS", []))
-        cfg.merge_from_other_cfg(loaded)
-        cfg.merge_from_list(list(opts))
-    except Exception as error:  # whatever YAML and yacs raise for text that is no config
-        reason = " ".join(str(error.args[0] if error.args else error).split()).rstrip(".!")
-        raise InputError(
-            f"The config in '{path}' cannot be used: {reason}. Give --config-file, or with "
-            "--imports the code that it needs."
-        ) from None
+    cfg, needed = saved_config(text, f"'{path}'", opts)
     if needed:
         logger.warning(
             "The checkpoint's config imports %s, which is not done by itself: --imports does.",
             printable(", ".join(map(str, needed))),
         )
-    cfg.BALANCE.IMPORTS = []
     return cfg
 
 
@@ -310,21 +296,6 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
         else:
             found.append(path)
     return found
-
-
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Return an image as (H, W, 3) uint8, RGB, turned upright.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    upright_size(path)  # refuses what is no image, in a sentence
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:  # Pillow's readers raise nearly anything on broken bytes
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
-        raise InputError(f"The image '{os.fspath(path)}' is broken: {reason}.") from None
 
 
 def read_frames(path: str | os.PathLike) -> Iterator[np.ndarray]:
@@ -498,15 +469,15 @@ def _predict_video(predictor, file, name, target, predictions):
             predictions.add(name, image.shape[:2], found, frame=number)
             if target is None:
                 continue
+            picture = np.asarray(drawn(image, found, predictor.served.names))
             if writer is None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 partial = target.with_name(f".partial-{target.name}")
-                size = image.shape[1], image.shape[0]
+                size = picture.shape[1], picture.shape[0]
                 code = cv2.VideoWriter_fourcc(*"mp4v")
                 writer = cv2.VideoWriter(os.fspath(partial), code, rate, size)
                 if not writer.isOpened():
                     raise InputError(f"The video '{target}' cannot be written.")
-            picture = np.asarray(drawn(image, found, predictor.served.names))
             writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
         if writer is not None:
             writer.release()
@@ -549,9 +520,7 @@ def _parser():
         metavar="MODULE",
         help="modules or .py files of yours that the model needs; they run",
     )
-    parser.add_argument(
-        "--device", help="cpu, cuda or cuda:1 (by default a GPU where there is one)"
-    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (a GPU where there is one)")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ... of the config"
     )

@@ -649,6 +649,7 @@ def test_the_evaluator_reports_percent_and_writes_both_files(register, tmp_path,
         "lvis_classes.json",
         "lvis_instances_results.json",
         "lvis_results.json",
+        "operating_points.json",
     ]
     assert "| rarity | r | 2 | 100.000 |" in " ".join(caplog.text.split())
 

@@ -4,7 +4,8 @@ import os
 import stat
 import warnings
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from ..errors import InputError
 
@@ -29,6 +30,21 @@ def upright_size(path: str | os.PathLike) -> tuple[int, int]:
 def is_turned(path: str | os.PathLike) -> bool:
     """Return whether EXIF data turn or mirror an image; raises as :func:`upright_size`."""
     return _header(path)[2] > 1
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Return an image as (H, W, 3) uint8, RGB, turned upright.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    upright_size(path)  # refuses what is no image, in a sentence
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # Pillow's readers raise nearly anything on broken bytes
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
+        raise InputError(f"The image '{os.fspath(path)}' is broken: {reason}.") from None
 
 
 def _header(path):

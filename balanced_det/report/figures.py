@@ -75,7 +75,7 @@ def bars(
             "type": "nominal",
             "sort": None,
             "title": x,
-            "axis": {"labelLimit": _LABEL_LIMIT, "labelAngle": -40 if len(rows) > 6 else 0},
+            "axis": {"labelLimit": _LABEL_LIMIT, "labelAngle": -40 if _is_wide(rows, x) else 0},
         },
         "y": _number(y, log_y, rows),
         "tooltip": _hover(rows),
@@ -126,7 +126,7 @@ def heat(
     """
     axis = {"labelLimit": _LABEL_LIMIT, "labelOverlap": False}
     # On a narrow page upright names are left out where they would touch.
-    upright = {"labelAngle": -90, "labelOverlap": "greedy"} if len(order) > 4 else {"labelAngle": 0}
+    upright = {"labelAngle": -90, "labelOverlap": "greedy"} if len(order) > 2 else {"labelAngle": 0}
     encoding = {
         "x": {**_name(x, order), "axis": {**axis, **upright}},
         "y": {**_name(y, order), "axis": axis},
@@ -196,6 +196,16 @@ def _rule_layer(lines_at, axis):
     }
 
 
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return names that differ, since an axis shows equal ones as one."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return result
+
+
 def _figure(rows, mark, encoding, height):
     fields = {name: _field(name) for row in rows[:1] for name in row}
     return {
@@ -206,6 +216,11 @@ def _figure(rows, mark, encoding, height):
         "height": height,
         "autosize": {"type": "fit", "contains": "padding", "resize": True},
     }
+
+
+def _is_wide(rows, field):
+    """Whether texts side by side are wider than a phone."""
+    return len(rows) > 6 or sum(len(str(row[field])) for row in rows) > 40
 
 
 def _field(name):
@@ -255,7 +270,8 @@ def _color(name, order):
             "field": _field(name),
             "type": "nominal",
             "title": name,
-            "legend": {"orient": "top"},
+            # Three side by side, since more are wider than a phone and would be cut off.
+            "legend": {"orient": "top", "columns": 3, "labelLimit": 95},
             **({"scale": {"domain": list(order)}, "sort": list(order)} if order else {}),
         }
     }

@@ -107,6 +107,19 @@ class Page:
             f'{data}"><figcaption>{_text(caption)}</figcaption></figure>'
         )
 
+    def pictures(self, pictures: Sequence[tuple[str, str]]) -> None:
+        """Add pictures side by side, where there is room.
+
+        Args:
+            pictures: addresses ``data:image/...`` that hold them, each with a caption.
+        """
+        shown = "".join(
+            f'<figure><img alt="{_text(caption)}" src="{_text(address)}">'
+            f"<figcaption>{_text(caption)}</figcaption></figure>"
+            for address, caption in pictures
+        )
+        self._body.append(f'<div class="pictures">{shown}</div>')
+
     def table(
         self, header: Sequence[str], rows: Iterable[Sequence], summary: str | None = None
     ) -> None:
@@ -134,6 +147,10 @@ class Page:
             InputError: the place cannot be written, or the drawing library is not installed.
         """
         return write_whole(path, str(self))
+
+    def __len__(self):
+        """How many parts were added."""
+        return len(self._body)
 
     def __str__(self):
         contents = "".join(

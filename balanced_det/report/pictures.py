@@ -9,6 +9,7 @@ import colorsys
 import functools
 import importlib.util
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +31,7 @@ def draw_objects(
     labels: Sequence[str],
     colors: Sequence[tuple[int, int, int]],
     masks: Sequence[np.ndarray] | None = None,
+    least_side: int = 480,
 ) -> Image.Image:
     """Draw n objects, the first on top.
 
@@ -39,15 +41,20 @@ def draw_objects(
         labels: n texts, written at the boxes' upper left corners.
         colors: n RGB.
         masks: n (H, W) bool, which are tinted, or None.
+        least_side: an image whose longer side has fewer pixels is shown as many times larger as it
+            takes, so that names can be read.
     """
     if masks is not None and len(masks):
         image = _tinted(image, masks, colors)
     picture = Image.fromarray(image)
+    scale = max(1, math.ceil(least_side / max(picture.size)))
+    if scale > 1:
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.LANCZOS)
     draw = ImageDraw.Draw(picture)
-    size = max(11, round(min(picture.size) / 40))
+    size = max(11, round(min(picture.size) / 36))
     font, width = _font(size), max(2, size // 7)
     for box, label, color in reversed(list(zip(boxes, labels, colors, strict=True))):
-        left, top, right, bottom = (float(x) for x in box)
+        left, top, right, bottom = (scale * float(x) for x in box)
         right, bottom = max(left, right), max(top, bottom)
         draw.rectangle((left, top, right, bottom), outline=color, width=width)
         _write(draw, picture.size, (left, top), _shown(label), color, font)
