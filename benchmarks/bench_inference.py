@@ -155,29 +155,13 @@ def _encode(masks):
 def difference(ours, theirs):
     """Return a sentence that says where detections differ, None where they do not.
 
-<<<<<<< HEAD
-    Regions are pooled by other kernels here and there, so scores differ in their last bits, and
-    detections whose scores agree to 1e-6 may change places.
-=======
     Ours folds normalizations into convolutions and pools all levels at once, so logits of up to 15
     agree to some 1e-5 (float32 sums of a thousand products) and nearly equal scores may change
     places, also at the end of the list, where one is kept and the other not.
->>>>>>> wiring
     """
     for a, b in zip(ours, theirs, strict=True):
         if len(a) != len(b):
             return f"{len(a)} detections and {len(b)}"
-<<<<<<< HEAD
-        largest = (a.scores - b.scores).abs().max().item() if len(a) else 0
-        if largest > 1e-6:
-            return f"scores differ by up to {largest:.2g}"
-        boxes = (a.pred_boxes.tensor.unsqueeze(1) - b.pred_boxes.tensor).abs().amax(dim=2)
-        same = (a.scores.unsqueeze(1) - b.scores).abs() <= 1e-6  # (D, D)
-        same &= (a.pred_classes.unsqueeze(1) == b.pred_classes) & (boxes <= 1e-2)
-        missing = (~same.any(dim=1)).sum() + (~same.any(dim=0)).sum()
-        if missing:
-            return f"{missing} of {len(a)} detections have no partner"
-=======
         if not len(a):
             continue
         scores = (a.scores[:, None] - b.scores).abs()  # (D, D)
@@ -189,7 +173,6 @@ def difference(ours, theirs):
         count = max(int(x.sum()) for x in alone)
         if count:
             return f"{count} of {len(a)} detections have no equal"
->>>>>>> wiring
     return None
 
 
