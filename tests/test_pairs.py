@@ -18,7 +18,9 @@ from test_detectors import assert_one_sentence
 
 from balanced_det.build import build_model
 from balanced_det.calibration import SCORE_CALIBRATIONS
+from balanced_det.data.loader import TrainLoader
 from balanced_det.detectors.counting import fit_to_training_data
+from balanced_det.engine.preflight import TRAIN_SAMPLERS
 from balanced_det.errors import InputError
 from balanced_det.losses import BOX_LOSSES, CLASSIFICATION_LOSSES
 from balanced_det.samplers import SAMPLERS
@@ -55,6 +57,7 @@ FACTORS = {
     "RPN sampler": [None, *(name for name in SAMPLERS.names() if name != "RandomSampler")],
     "RPN guided": [False, True],
     "pyramid": [False, True],
+    "images": TRAIN_SAMPLERS,
     "arithmetic": ["float32", "bfloat16"],
     "channels last": [False, True],
 }
@@ -153,6 +156,7 @@ def keys_of(row):
         keys["MODEL.BACKBONE.NAME"] = "build_balanced_pyramid_backbone"
         if dense:
             keys["BALANCE.PYRAMID.BACKBONE"] = "build_retinanet_resnet_fpn_backbone"
+    keys["DATALOADER.SAMPLER_TRAIN"] = row["images"]
     keys["BALANCE.CHANNELS_LAST"] = row["channels last"]
     return keys
 
@@ -200,6 +204,8 @@ def test_a_row_is_built_counted_trained_and_detects(row, data):
     cfg = config(MODELS[row["detector"]], data, keys_of(row))
     model = build_model(cfg).train()
     fit_to_training_data(model, cfg)
+    batches = list(itertools.islice(TrainLoader(cfg).stream(), 4))  # which images; none is there
+    assert all(len(images) == cfg.SOLVER.IMS_PER_BATCH for images in batches)
     precision = contextlib.nullcontext
     if row["arithmetic"] == "bfloat16":
         precision = functools.partial(torch.autocast, "cpu", torch.bfloat16)
