@@ -26,7 +26,7 @@ from .step import amp_dtype
 
 logger = logging.getLogger(__name__)
 
-_TRAIN_SAMPLERS = (
+TRAIN_SAMPLERS = (
     "TrainingSampler",
     "RepeatFactorTrainingSampler",
     "RandomSubsetTrainingSampler",
@@ -152,7 +152,7 @@ def _check_loader(cfg, num_workers):
 
 def _check_sampler(cfg):
     name = cfg.DATALOADER.SAMPLER_TRAIN
-    _check_choice("DATALOADER.SAMPLER_TRAIN", name, _TRAIN_SAMPLERS)
+    _check_choice("DATALOADER.SAMPLER_TRAIN", name, TRAIN_SAMPLERS)
     has_objects = training_statistics(cfg).instance_count.any()
     if name == "ClassAwareTrainingSampler" and not has_objects:
         raise InputError(f"DATALOADER.SAMPLER_TRAIN: {name} needs an object; there is none.")
