@@ -414,7 +414,11 @@ def _tell(text):
 
 
 def commit() -> str:
-    """Return the commit of this code, "-dirty" where files differ from it; else the version."""
+    """Return the commit of this code, "-dirty" where files differ from it.
+
+    Where git does not tell, it is what the environment's ``BALANCED_DET_COMMIT`` says, or else the
+    version.
+    """
     git = ["git", "-C", str(_ROOT)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         tracked = ["ls-files", "--error-unmatch", str(Path(__file__).resolve())]
@@ -426,7 +430,7 @@ def commit() -> str:
             text=True,
         )
         return done.stdout.strip()
-    return f"balanced_det {__version__}"
+    return os.environ.get("BALANCED_DET_COMMIT") or f"balanced_det {__version__}"
 
 
 def processor() -> str:

@@ -479,6 +479,17 @@ def test_a_file_may_hold_the_arguments(tmp_path, capsys):
     assert "'configs/nowhere 1.yaml' is neither" in capsys.readouterr().err
 
 
+def test_the_commit_is_gits_or_else_the_environments(tmp_path, monkeypatch):
+    monkeypatch.setenv("BALANCED_DET_COMMIT", "told")
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    assert runs.commit().removesuffix("-dirty") == (head or "told")
+    monkeypatch.setattr(runs, "_ROOT", tmp_path)
+    assert runs.commit() == "told"
+    monkeypatch.delenv("BALANCED_DET_COMMIT")
+    assert runs.commit().startswith("balanced_det ")
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
