@@ -354,12 +354,14 @@ class _Running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGINT)
         limit = time.monotonic() + _GRACE_SECONDS
-        while self.runs() and time.monotonic() < limit:
-            time.sleep(0.1)
-        with self._lock:
-            for process in self._processes.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+        try:
+            while self.runs() and time.monotonic() < limit:
+                time.sleep(0.1)
+        finally:  # also where we are interrupted once more
+            with self._lock:
+                for process in self._processes.values():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -401,8 +403,9 @@ def _status(running):
     parts = []
     for run in running.runs():
         last = read_metrics(run.folder)[-1:]
-        at = f"iteration {last[0].get('iteration', 0) + 1:,}" if last else "starting"
-        parts.append(f"{run.name} ({at} of {run.settings['SOLVER.MAX_ITER']:,})")
+        total = f"{run.settings['SOLVER.MAX_ITER']:,}"
+        done = f"{last[0].get('iteration', 0) + 1:,} of {total}" if last else f"0 of {total}"
+        parts.append(f"{run.name} ({done} iterations)")
     return "  " + ", ".join(parts)
 
 
@@ -411,7 +414,11 @@ def _tell(text):
 
 
 def commit() -> str:
-    """Return the commit of this code, "-dirty" where files differ from it; else the version."""
+    """Return the commit of this code, "-dirty" where files differ from it.
+
+    Where git does not tell, it is what the environment's ``BALANCED_DET_COMMIT`` says, or else the
+    version.
+    """
     git = ["git", "-C", str(_ROOT)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         tracked = ["ls-files", "--error-unmatch", str(Path(__file__).resolve())]
@@ -423,7 +430,7 @@ def commit() -> str:
             text=True,
         )
         return done.stdout.strip()
-    return f"balanced_det {__version__}"
+    return os.environ.get("BALANCED_DET_COMMIT") or f"balanced_det {__version__}"
 
 
 def processor() -> str:

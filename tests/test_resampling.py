@@ -8,7 +8,7 @@ from federated import CLASSES, copied, federated
 from pycocotools import mask as masks
 
 from balanced_det.data.annotations import read_annotations
-from balanced_det.evaluation import evaluate_lvis, lvis_result
+from balanced_det.evaluation import evaluate_lvis, lvis_result, resampling
 from balanced_det.evaluation.detections import read_detections
 from balanced_det.evaluation.resampling import (
     average_precision,
@@ -61,8 +61,11 @@ def test_a_weight_is_that_many_copies_of_an_image(seed):
         np.testing.assert_allclose(found[:, draw], expected, rtol=0, atol=FLOAT32)
 
 
-def test_the_fast_form_gives_what_the_plain_one_says():
-    # With ties, where copies of an image stand together in both.
+@pytest.mark.parametrize("elements", [1 << 21, 300, 1])
+def test_the_fast_form_gives_what_the_plain_one_says(monkeypatch, elements):
+    # All draws at once, a few at a time, and one at a time; with ties, where copies of an image
+    # stand together in both forms.
+    monkeypatch.setattr(resampling, "_MAX_ELEMENTS", elements)
     truth, detections = federated(5, images=30, ties=True)
     records, weights = records_of(truth, detections), draw_images(30, 8)
     found = average_precision(records, weights)

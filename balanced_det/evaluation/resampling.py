@@ -66,9 +66,11 @@ class _Recorder(Matcher):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        # Of each batch: (n, 23) image, class, score, right and ignored at 10 IoUs; (m, 2) objects.
-        self._detections = [np.empty((0, 3 + 2 * len(IOU_THRESHOLDS)))]
-        self._found_objects = [np.empty((0, 2), dtype=np.int64)]
+        # Of each image and class: image, class, score, and what they are at 10 IoUs.
+        flags = np.empty((0, len(IOU_THRESHOLDS)), dtype=bool)
+        none = np.empty(0, dtype=np.int64)
+        self._found = [(none, none, np.empty(0), flags, flags)]
+        self._objects_found = [np.empty((0, 2), dtype=np.int64)]
 
     def _match(self):
         if not self._waiting:
@@ -82,37 +84,30 @@ class _Recorder(Matcher):
         evaluation.params.area_rng_lbl = ["all"]
         evaluation.evaluate()
         for entry in evaluation.eval_imgs:
-            image, category = entry["image_id"] - 1, entry["category_id"] - 1
-            count = len(entry["dtScores"])
-            found = np.empty((count, self._detections[0].shape[1]))
-            found[:, :2] = image, category
-            found[:, 2] = entry["dtScores"]
-            matched = (
-                np.asarray(entry["dtMatched"], dtype=bool).reshape(len(IOU_THRESHOLDS), count).T
+            place = entry["image_id"] - 1, entry["category_id"] - 1
+            scores = np.array(entry["dtScores"])
+            image, category = (np.full(len(scores), number) for number in place)
+            matched, ignored = (
+                np.array(entry[key], dtype=bool).reshape(len(IOU_THRESHOLDS), len(scores)).T
+                for key in ("dtMatched", "dtIgnore")
             )
-            ignored = (
-                np.asarray(entry["dtIgnore"], dtype=bool).reshape(len(IOU_THRESHOLDS), count).T
-            )
-            found[:, 3:] = np.concatenate([matched & ~ignored, ignored], axis=1)
-            self._detections.append(found)
-            to_find = sum(entry["gtInDenominator"])
-            self._found_objects.append(np.full((to_find, 2), (image, category)))
+            self._found.append((image, category, scores, matched & ~ignored, ignored))
+            self._objects_found.append(np.full((sum(entry["gtInDenominator"]), 2), place))
 
     def records(self) -> MatchRecords:
         """Return what was recorded."""
         self._match_rest()
-        found = np.concatenate(self._detections)
-        objects = np.concatenate(self._found_objects)
+        image, category, scores, correct, ignored = map(np.concatenate, zip(*self._found))
         # Stable: by class, then score; equal scores stay by image, and in it as they were given.
-        found = found[np.lexsort((found[:, 0], -found[:, 2], found[:, 1]))]
-        flags = found[:, 3:] > 0
+        order = np.lexsort((image, -scores, category))
+        objects = np.concatenate(self._objects_found)
         return MatchRecords(
             len(self._truth.images),
             len(self._truth.categories),
-            found[:, 0].astype(np.int64),
-            found[:, 1].astype(np.int64),
-            flags[:, : len(IOU_THRESHOLDS)],
-            flags[:, len(IOU_THRESHOLDS) :],
+            image[order],
+            category[order],
+            correct[order],
+            ignored[order],
             objects[:, 0],
             objects[:, 1],
         )
