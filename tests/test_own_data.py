@@ -56,7 +56,7 @@ def test_a_folder_of_yolo_labels_becomes_a_trained_detector(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("shapes"))
     shutil.copy(ROOT / "train_net.py", tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    assert len(commands()) == 4
+    assert len(commands()) == 5
     for command in commands():
         program, *arguments = command.split()
         assert program == "python"
@@ -73,6 +73,9 @@ def test_a_folder_of_yolo_labels_becomes_a_trained_detector(tmp_path):
     assert (tmp_path / "output/my_data/analysis/analysis.html").exists()
     run = tmp_path / "output" / "my_data"
     assert (run / "model_final.pth").exists()
+    assert (run / "report.html").exists()
+    assert len(list((run / "found").glob("*.jpg"))) == 6
+    assert (run / "found" / "predictions.json").exists()
     assert (
         "AP" in json.loads(next((run / "inference").rglob("lvis_results.json")).read_text())["bbox"]
     )

@@ -8,9 +8,11 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from runs import run_config, train
 
 import balanced_det
 from balanced_det import cli
@@ -93,12 +95,21 @@ def test_an_installed_wheel_analyses_data_and_writes_a_config_in_any_folder(whee
     run("analyze", "--data", "data/train.json", "--row-images", "3", "--out", "analysis")
     assert (tmp_path / "analysis" / "analysis.html").stat().st_size > 100_000
     run("new", "--train", "data/train.json", "--val", "data/val.json", "--out", "detector.yaml")
-    assert (
-        yaml.safe_load((tmp_path / "detector.yaml").read_text())["MODEL"]["ROI_HEADS"][
-            "NUM_CLASSES"
-        ]
-        == 4
+    config = yaml.safe_load((tmp_path / "detector.yaml").read_text())
+    assert config["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 4
+
+    # A checkpoint that this environment trained is served, and its page made, by the wheel alone.
+    data = SimpleNamespace(
+        train_json=tmp_path / "data" / "train.json",
+        val_json=tmp_path / "data" / "val.json",
+        image_root=tmp_path / "data" / "images",
     )
+    out = train(run_config(data, tmp_path / "out", MODEL__ROI_HEADS__NUM_CLASSES=4))
+    shown = run("predict", "out/model_final.pth", "data/images", "--out", "found")
+    assert "objects in 16 files, threshold best-f1" in shown
+    assert len(list((tmp_path / "found").rglob("*.jpg"))) == 16
+    run("report", "out")
+    assert (out / "report.html").stat().st_size > 100_000
 
 
 def test_the_command_lists_what_it_can_do(capsys):

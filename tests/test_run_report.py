@@ -51,6 +51,7 @@ def run(data, tmp_path_factory):
         data,
         tmp_path_factory.mktemp("run") / "out",
         TEST__EVAL_PERIOD=2,
+        SOLVER__CHECKPOINT_PERIOD=2,
         BALANCE__ROI_HEADS__GUIDED_LOSS=True,
         BALANCE__ROI_HEADS__CLASSIFICATION_WEIGHT=1.0,
         BALANCE__ROI_HEADS__CLASSIFICATION_LOSS="EqualizationLossV2",
@@ -403,7 +404,7 @@ def train_net(*arguments):
 
 
 @pytest.mark.slow
-def test_training_and_evaluation_end_with_the_page_unless_told(data, tmp_path):
+def test_a_command_ends_with_the_page_unless_told(data, tmp_path):
     out = tmp_path / "out"
     done = train_net(*options(data, out))
     assert done.returncode == 0, done.stderr
@@ -415,8 +416,15 @@ def test_training_and_evaluation_end_with_the_page_unless_told(data, tmp_path):
     evaluate = ["--eval-only", *options(data, out), "MODEL.WEIGHTS", out / "model_final.pth"]
     assert train_net(*evaluate, "BALANCE.REPORT", "False").returncode == 0
     assert not (out / "report.html").exists()
-    assert train_net(*evaluate).returncode == 0
-    assert (out / "report.html").read_text().endswith("</html>\n")
+
+
+def test_after_an_evaluation_the_page_is_of_the_weights_that_were_evaluated(data, run, tmp_path):
+    cfg = run_config(data, tmp_path / "out")
+    shutil.copytree(run / "inference", tmp_path / "out" / "inference")
+    page = run_report.report_run(cfg, weights=str(run / "model_0000001.pth"))
+    text = page.read_text()
+    assert f"Of {run / 'model_0000001.pth'}." in text
+    assert ">Training</h2>" not in text  # there was none in this folder
 
 
 def test_a_page_that_cannot_be_written_is_one_warning(data, run, tmp_path, caplog):
