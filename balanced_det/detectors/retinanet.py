@@ -11,7 +11,6 @@ from detectron2.structures import Boxes
 from ..build import refuse_overridden_keys
 from .dense import BalancedDenseDetector, balance_arguments
 from .matching import match
-from .wide_conv import replace_classifier
 
 _REPLACED_KEYS = {
     "MODEL.RETINANET.FOCAL_LOSS_ALPHA": (0.25, "BALANCE.FocalLoss.ALPHA"),
@@ -40,8 +39,6 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
         refuse_overridden_keys(cfg, "DENSE", _REPLACED_KEYS)
         ret = super().from_config(cfg)
         ret.update(balance_arguments(cfg, ret["num_classes"], ret["test_score_thresh"], 100))
-        num_anchors = ret["anchor_generator"].num_anchors[0]
-        replace_classifier(ret["head"], num_anchors * ret["criterion"].num_logits)
         return ret
 
     def label_anchors(self, anchors, objects):
