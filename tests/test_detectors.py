@@ -387,7 +387,8 @@ def test_regions_are_scored_by_the_loss(loss):
     keys = {"BALANCE.ROI_HEADS.CLASSIFICATION_LOSS": loss}
     predictor = build("faster", keys).eval().roi_heads.box_predictor
     predictions = predictor(torch.randn(7, predictor.cls_score.in_features))
-    probabilities = torch.cat(predictor.predict_probs(predictions, [range(3), range(4)]))
+    proposals = [Instances((9, 9), proposal_boxes=Boxes(torch.zeros(n, 4))) for n in (3, 4)]
+    probabilities = torch.cat(predictor.predict_probs(predictions, proposals))
     assert probabilities.shape == (7, NUM_CLASSES + 1)
     expected = predictor.criterion.classification_loss.scores(predictions[0])
     torch.testing.assert_close(probabilities[:, :NUM_CLASSES], expected, rtol=0, atol=0)
