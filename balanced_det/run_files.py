@@ -178,8 +178,8 @@ def class_biases(state: Mapping[str, torch.Tensor], num_classes: int) -> dict[st
         if not is_classifier or "proposal_generator" in name:
             continue
         bias = torch.as_tensor(tensor).float().flatten()
-        if bias.numel() == num_classes + 1:
-            bias = bias[:-1]  # without background
+        if num_classes < bias.numel() < min(num_classes + 3, 2 * num_classes):
+            bias = bias[:num_classes]  # without background, or Seesaw's two of objectness
         if bias.numel() and bias.numel() % num_classes == 0:
             found[name.removesuffix(".bias")] = bias.view(-1, num_classes).mean(dim=0).numpy()
     return found

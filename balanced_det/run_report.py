@@ -184,7 +184,7 @@ def _conclusions(page, evaluated):
             "warn",
         )
     rare, frequent = metrics.get("APr"), metrics.get("APf")
-    if rare is not None and frequent is not None:
+    if rare is not None and frequent is not None and abs(frequent - rare) >= 0.1:
         page.conclude(
             f"Rare classes have {abs(frequent - rare):.1f} points "
             f"{'less' if rare < frequent else 'more'} than frequent ones.",
@@ -501,6 +501,9 @@ def _learned(page, run):
             )
         elif name.endswith(".sums") and tensor.ndim == 2 and tensor.shape[1] == len(classes):
             _gradient_sums(page, name, tensor, classes)
+        elif "classification_loss." in name and tensor.shape == (len(classes),):
+            value = name.rpartition(".")[2].replace("_", " ")
+            _over_classes(page, classes, {value: tensor.tolist()}, value, f"{name} of each class.")
     if classes:
         for layer, bias in class_biases(run.state, len(classes)).items():
             values = {"bias": bias, "sigmoid of the bias": 1 / (1 + np.exp(-bias.clip(-80, 80)))}
