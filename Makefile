@@ -15,7 +15,7 @@ READY := $(VENV)/ready
 SITE = $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 CARRIED := geowatch_tpl/submodules_static/detectron2
 
-$(READY): requirements.txt requirements-detectron2.txt setup.py tools/restore_detectron2.py
+$(READY): requirements.txt requirements-detectron2.txt pyproject.toml tools/restore_detectron2.py
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-detectron2.txt

@@ -2,32 +2,19 @@
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec, cat
+from detectron2.layers import cat
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
-from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn import functional as F
 
-from ..build import (
-    build_classifier,
-    build_criterion,
-    build_score_threshold,
-    build_selection,
-    initial_prior,
-)
 from ..errors import InputError
 from ..rows import nonzero
 from ..selection import Rows
+from .event_log import log_regions
 from .inference import region_detections
 from .matching import pad
+from .region_config import region_arguments
 from .thresholds import CountedScoreThreshold
-
-REPLACED_KEYS = {
-    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (0.0, "BALANCE.SmoothL1Loss.BETA"),
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1", "BALANCE.ROI_HEADS.BOX_LOSS"),
-    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False, "BALANCE.ROI_HEADS.CLASSIFICATION_LOSS"),
-    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False, "BALANCE.ROI_HEADS.CLASSIFICATION_LOSS"),
-}
 
 
 class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
@@ -78,22 +65,7 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
     def from_config(cls, cfg, input_shape):
         """Translate the config, see :class:`BalancedFastRCNNOutputLayers`."""
         ret = super().from_config(cfg, input_shape)
-        ret.update(
-            criterion=build_criterion(
-                cfg,
-                "ROI_HEADS",
-                ret["num_classes"],
-                box_weight=cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT,
-            ),
-            selection=proposal_selection(cfg),
-            score_threshold=build_score_threshold(
-                cfg, "ROI_HEADS", ret["num_classes"], ret["test_score_thresh"]
-            ),
-            prior_prob=initial_prior(cfg, "ROI_HEADS"),
-        )
-        ret["classifier"] = build_classifier(
-            cfg, "ROI_HEADS", num_features(input_shape), ret["criterion"].num_logits
-        )
+        ret.update(region_arguments(cfg, input_shape, ret["num_classes"], ret["test_score_thresh"]))
         return ret
 
     def losses(self, predictions, proposals):
@@ -112,7 +84,8 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         labels = self._labels(logits, proposals)  # (T,)
         rows = Rows(labels, self.num_classes)
         self.score_threshold.observe(rows.foreground, rows.takes_part)
-        num_foreground = self._log(logits, rows, len(proposals))
+        predicted = self.criterion.classification_loss.predicted_class(logits.detach())
+        num_foreground = log_regions(predicted, rows, len(proposals))
 
         row = nonzero(rows.foreground, num_foreground)[0]  # (F,)
         sources = cat([p.proposal_boxes.tensor for p in proposals])  # (T, 4)
@@ -138,30 +111,6 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         padded = pad(of_images, -1)  # (N, R)
         rows = self.selection(Rows(padded, self.num_classes), lambda: pad(losses, 0.0))
         return torch.cat([x[:size] for x, size in zip(rows.labels, sizes, strict=True)])
-
-    @torch.no_grad()
-    def _log(self, logits, rows, num_images):
-        """Log what Detectron2 logs of a region head; return the number of foreground rows."""
-        predicted = self.criterion.classification_loss.predicted_class(logits)
-        is_right = predicted == rows.labels
-        counts = [
-            rows.foreground,
-            rows.takes_part,
-            is_right,
-            is_right & rows.foreground,
-            (predicted == self.num_classes) & rows.foreground,
-        ]
-        counts = torch.stack(counts).sum(dim=1).tolist()  # the one copy to the host
-        num_foreground, num_rows, right, right_foreground, missed = counts
-        storage = get_event_storage()
-        storage.put_scalar("roi_head/num_fg_samples", num_foreground / num_images)
-        storage.put_scalar("roi_head/num_bg_samples", (num_rows - num_foreground) / num_images)
-        if num_rows:
-            storage.put_scalar("fast_rcnn/cls_accuracy", right / num_rows)
-        if num_foreground:
-            storage.put_scalar("fast_rcnn/fg_cls_accuracy", right_foreground / num_foreground)
-            storage.put_scalar("fast_rcnn/false_negative", missed / num_foreground)
-        return num_foreground
 
     def inference(self, predictions, proposals):
         """Return (detections, rows), see :func:`.inference.region_detections`."""
@@ -190,11 +139,6 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         return scores.split([p.proposal_boxes.tensor.shape[0] for p in proposals])
 
 
-def num_features(input_shape: ShapeSpec) -> int:
-    """Return how many numbers a region has: channels, by height and width where it has them."""
-    return input_shape.channels * (input_shape.width or 1) * (input_shape.height or 1)
-
-
 def _check_classifier(classifier, in_features, criterion):
     expected = in_features, criterion.num_logits
     found = classifier.in_features, classifier.out_features
@@ -203,10 +147,3 @@ def _check_classifier(classifier, in_features, criterion):
             f"The classifier {classifier} takes {found[0]} features to {found[1]} logits; a region "
             f"has {expected[0]} and {type(criterion.classification_loss).__name__} {expected[1]}."
         )
-
-
-def proposal_selection(cfg):
-    """Build the :class:`~balanced_det.selection.Selection` of region heads."""
-    keys = cfg.MODEL.ROI_HEADS
-    quota = (keys.BATCH_SIZE_PER_IMAGE, keys.POSITIVE_FRACTION)
-    return build_selection(cfg, "ROI_HEADS", rows_per_image=quota[0], positive_fraction=quota[1])

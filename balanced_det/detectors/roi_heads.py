@@ -13,10 +13,11 @@ from detectron2.structures import Boxes, Instances
 
 from ..build import refuse_overridden_keys
 from ..rows import nonzero, on_device
-from .box_predictor import REPLACED_KEYS, BalancedFastRCNNOutputLayers, proposal_selection
-from .mask_head import MatchedMasks, foreground_proposals
+from .box_predictor import BalancedFastRCNNOutputLayers
+from .mask_targets import MatchedMasks, foreground_proposals
 from .matching import Objects, match, pad
 from .pooler import with_batched_poolers
+from .region_config import REPLACED_KEYS, proposal_selection
 
 
 class BatchedROIHeads:
