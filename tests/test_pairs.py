@@ -115,13 +115,13 @@ def pairwise_cover():
             assert gain(row[factor]) >= 0
         for a, b in itertools.combinations(row, 2):
             missing.pop(frozen({a: row[a], b: row[b]}), None)
-        rows.append(row)
+        rows.append({factor: row[factor] for factor in FACTORS})
     return rows
 
 
 def frozen(pair):
     """Return what stands for a pair in a set; its values may be lists."""
-    return frozenset((factor, FACTORS[factor].index(value)) for factor, value in pair.items())
+    return tuple(sorted((factor, FACTORS[factor].index(value)) for factor, value in pair.items()))
 
 
 def keys_of(row):
