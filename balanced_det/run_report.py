@@ -148,7 +148,6 @@ def _evaluation(page, run, evaluated):
     if evaluated.problem:
         page.say(evaluated.problem)
     elif evaluated.detections is not None:
-        limit = evaluated.protocol[evaluated.task].get("max_dets_per_image")
         errors = _errors(page, evaluated)
         page.section(f"Images{several}")
         _images(page, evaluated)
