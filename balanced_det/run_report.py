@@ -148,11 +148,7 @@ def _evaluation(page, run, evaluated):
     if evaluated.problem:
         page.say(evaluated.problem)
     elif evaluated.detections is not None:
-        limit = evaluated.protocol[evaluated.task].get("max_dets_per_image")
-        errors = analyse_errors(evaluated.truth, evaluated.detections, evaluated.thresholds, limit)
-        _error_types(page, errors)
-        _confusion(page, evaluated, errors)
-        _calibration(page, errors)
+        errors = _errors(page, evaluated)
         page.section(f"Images{several}")
         _images(page, evaluated)
     return {
@@ -161,6 +157,20 @@ def _evaluation(page, run, evaluated):
         "protocol": evaluated.protocol,
         "errors": None if errors is None else vars(errors),
     }
+
+
+def _errors(page, evaluated):
+    """Add what kinds of errors there are; return them, None where they cannot be analysed."""
+    limit = evaluated.protocol[evaluated.task].get("max_dets_per_image")
+    try:
+        errors = analyse_errors(evaluated.truth, evaluated.detections, evaluated.thresholds, limit)
+    except Exception as error:  # whatever the library raises: the rest of the page is worth having
+        page.conclude(f"Errors are not analysed: {type(error).__name__}: {error}.", kind="warn")
+        return None
+    _error_types(page, errors)
+    _confusion(page, evaluated, errors)
+    _calibration(page, errors)
+    return errors
 
 
 def _conclusions(page, evaluated):
