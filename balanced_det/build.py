@@ -206,7 +206,9 @@ def build_selection(cfg, part, *, always=None, sampled=None, **quota) -> Selecti
     if part.has_quota and not sampler.takes_all:
         node = cfg.BALANCE[part.name]
         quota = {"rows_per_image": node.ROWS_PER_IMAGE, "positive_fraction": node.POSITIVE_FRACTION}
-    return Selection(sampler, always or (None if sampler.takes_all else sampled), **quota)
+    if always is None and not sampler.takes_all:
+        always = sampled
+    return Selection(sampler, always, **quota)
 
 
 def build_classifier(cfg, part, in_features: int, num_logits: int) -> nn.Module | None:

@@ -40,7 +40,7 @@ class Rows:
         labels: (N, R) long: 0 ... K-1 an object class, K background, -1 ignored.
         num_classes: K.
         ious: (N, R) float, each row's largest IoU with any object of its image, 0 without an
-            object; None unless the sampler needs it.
+            object and for points, which have none; None where nobody computed it.
         matched: (N, R) long, which object of its image that is; 0 without an object. None for rows
             that are matched to no objects.
         losses: (N, R) float, each row's loss; None unless the sampler needs it.
@@ -106,7 +106,8 @@ class Sampler:
     Attributes:
         needs_ious: it reads ``rows.ious`` and ``rows.matched``.
         needs_losses: it reads ``rows.losses``, so it is asked when the classifier has run.
-        takes_all: it keeps to no quota; losses are then divided by foreground rows.
+        takes_all: it takes all rows, or as many of them as it likes, and keeps to no quota; losses
+            are then divided by foreground rows.
     """
 
     needs_ious = False
@@ -165,6 +166,8 @@ class PerForegroundRow(nn.Module):
 class PerForegroundOnAverage(nn.Module):
     """Divide by a moving average of the foreground rows, as Detectron2's dense detectors do.
 
+    Detectron2 averages those of each worker for itself; here they are averaged over workers, too.
+
     Args:
         initial: foreground rows of a worker's batch while none was seen.
         momentum: of the average; a step counts for ``1 - momentum``.
@@ -216,12 +219,15 @@ class Selection(nn.Module):
             row_losses: a function without arguments that returns each row's loss (N, R), called
                 only where the sampler needs it.
         """
-        if self.sampler.takes_all or rows.labels.numel() == 0:
+        if rows.labels.numel() == 0:
             return rows
         if self.sampler.needs_losses:
             rows = dataclasses.replace(rows, losses=row_losses())
         return rows.keep(self.sampler(rows, self.quota))
 
     def normalizer(self, rows: Rows):
-        """Return what the losses over ``rows``, which take part, are divided by."""
+        """Return what the losses over ``rows``, which take part, are divided by.
+
+        To be asked once a step, since a normalizer may keep an average.
+        """
         return self.divisor(rows, self.quota)

@@ -27,6 +27,7 @@ from balanced_det.detectors import (
     BalancedROIHeads,
     BalancedRPN,
 )
+from balanced_det.errors import InputError
 from balanced_det.losses import (
     BinaryCrossEntropyLoss,
     CrossEntropyLoss,
@@ -57,7 +58,7 @@ def dense_arguments(loss, box_loss, initial):
     }
 
 
-def retinanet(loss=None):
+def retinanet(loss=None, **more):
     features = ["p3", "p4", "p5", "p6", "p7"]
     body = backbone(RETINANET)
     anchors = DefaultAnchorGenerator(
@@ -80,10 +81,11 @@ def retinanet(loss=None):
         box2box_transform=Box2BoxTransform((1.0, 1.0, 1.0, 1.0)),
         anchor_matcher=Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True),
         **dense_arguments(loss or FocalLoss(NUM_CLASSES), SmoothL1Loss(), 100),
+        **more,
     )
 
 
-def fcos(loss=None):
+def fcos(loss=None, **more):
     features = ["p3", "p4", "p5", "p6", "p7"]
     body = backbone(FCOS)
     head = FCOSHead(
@@ -96,10 +98,11 @@ def fcos(loss=None):
         head=head,
         head_in_features=features,
         **dense_arguments(loss or FocalLoss(NUM_CLASSES), GIoULoss(), 300),
+        **more,
     )
 
 
-def rpn(body):
+def rpn(body, **more):
     features = ["p2", "p3", "p4", "p5", "p6"]
     return BalancedRPN(
         in_features=features,
@@ -118,10 +121,11 @@ def rpn(body):
         post_nms_topk=(100, 1000),
         criterion=Criterion(BinaryCrossEntropyLoss(1), SmoothL1Loss()),
         selection=Selection(RandomSampler(), PerQuota(), 256, 0.5),
+        **more,
     )
 
 
-def predictor(shape, loss, weights, class_agnostic=False):
+def predictor(shape, loss, weights, class_agnostic=False, **more):
     return BalancedFastRCNNOutputLayers(
         shape,
         box2box_transform=Box2BoxTransform(weights),
@@ -130,6 +134,7 @@ def predictor(shape, loss, weights, class_agnostic=False):
         criterion=Criterion(loss, SmoothL1Loss()),
         selection=Selection(RandomSampler()),
         score_threshold=FixedThreshold(0.05, NUM_CLASSES),
+        **more,
     )
 
 
@@ -225,3 +230,30 @@ def test_a_dense_detector_is_sized_by_its_loss(build):
     assert model.head.cls_score.out_channels == anchors * (NUM_CLASSES + 1)
     losses, _ = step(model)
     assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize(
+    "build, argument",
+    [
+        (lambda: retinanet(focal_loss_gamma=1.5), "focal_loss_gamma is 1.5"),
+        (lambda: retinanet(smooth_l1_beta=0.1), "smooth_l1_beta is 0.1"),
+        (lambda: fcos(focal_loss_alpha=0.5), "focal_loss_alpha is 0.5"),
+        (lambda: rpn(backbone(FASTER), loss_weight=2.0), "loss_weight is 2.0"),
+        (lambda: region_predictor(use_sigmoid_ce=True), "use_sigmoid_ce is True"),
+    ],
+)
+def test_an_argument_that_the_criterion_takes_the_place_of_is_refused(build, argument):
+    with pytest.raises(InputError, match=f"{argument}, but the criterion decides"):
+        build()
+
+
+def region_predictor(**more):
+    shape = ShapeSpec(channels=32)
+    return predictor(shape, CrossEntropyLoss(NUM_CLASSES), (10.0, 10.0, 5.0, 5.0), **more)
+
+
+@pytest.mark.parametrize("name", ["faster", "cascade"])
+def test_one_selection_serves_the_heads_and_their_predictors(name):
+    heads_ = rcnn(name).roi_heads
+    predictors = heads_.box_predictor if name == "cascade" else [heads_.box_predictor]
+    assert all(p.selection is heads_.selection for p in predictors)

@@ -7,13 +7,14 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import InputError
 from ..rows import nonzero
 from ..selection import Rows
+from . import replaced
 from .event_log import log_regions
 from .inference import region_detections
 from .matching import pad
-from .region_config import region_arguments
+from .region_config import check_classifier, region_arguments
+from .replaced import refuse_replaced, without
 from .thresholds import CountedScoreThreshold
 
 
@@ -48,9 +49,10 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         classifier=None,
         **kwargs,
     ):
+        refuse_replaced(kwargs, replaced.REGIONS)
         super().__init__(input_shape, **kwargs)
         if classifier is not None:
-            _check_classifier(classifier, self.cls_score.in_features, criterion)
+            check_classifier(classifier, self.cls_score.in_features, criterion)
             self.cls_score = classifier
         elif criterion.num_logits != self.cls_score.out_features:
             self.cls_score = nn.Linear(self.cls_score.in_features, criterion.num_logits)
@@ -64,7 +66,7 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
     @classmethod
     def from_config(cls, cfg, input_shape):
         """Translate the config, see :class:`BalancedFastRCNNOutputLayers`."""
-        ret = super().from_config(cfg, input_shape)
+        ret = without(super().from_config(cfg, input_shape), replaced.REGIONS)
         ret.update(region_arguments(cfg, input_shape, ret["num_classes"], ret["test_score_thresh"]))
         return ret
 
@@ -137,13 +139,3 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         scores = F.pad(self.criterion.scores(predictions[0]), (0, 1))
         # Not len(), which a trace would keep.
         return scores.split([p.proposal_boxes.tensor.shape[0] for p in proposals])
-
-
-def _check_classifier(classifier, in_features, criterion):
-    expected = in_features, criterion.num_logits
-    found = classifier.in_features, classifier.out_features
-    if found != expected:
-        raise InputError(
-            f"The classifier {classifier} takes {found[0]} features to {found[1]} logits; a region "
-            f"has {expected[0]} and {type(criterion.classification_loss).__name__} {expected[1]}."
-        )

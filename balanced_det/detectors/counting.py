@@ -127,28 +127,42 @@ def fit_to_training_data(model, cfg):
 
 
 def _counted_once(part, backbone, cfg):
-    counts = None
+    """Count on the main process; what it cannot count is an error on all of them."""
+    counts = error = None
     if comm.is_main_process():
-        dicts = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            check_consistency=False,
-        )
-        # The choice of images is part of the result, so it never varies.
-        order = np.random.RandomState(0).permutation(len(dicts))
-        chosen = order[: cfg.BALANCE.COUNT_IMAGES]
-        state = np.random.get_state()  # the augmentations draw from numpy
-        np.random.seed(0)
         try:
+            counts = _counted(part, backbone, cfg)
+        except InputError as caught:
+            error = str(caught)
+    counts, error = comm.all_gather((counts, error))[0]
+    if error is not None:
+        raise InputError(error)
+    return counts
+
+
+def _counted(part, backbone, cfg):
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        check_consistency=False,
+    )
+    # The choice of images, and of rows, is part of the result, so it never varies.
+    order = np.random.RandomState(0).permutation(len(dicts))
+    chosen = order[: cfg.BALANCE.COUNT_IMAGES]
+    state = np.random.get_state()  # the augmentations draw from numpy, samplers from torch
+    np.random.seed(0)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
             counts = count_rows(part, backbone, cfg, [dicts[i] for i in chosen], dicts)
-        finally:
-            np.random.set_state(state)
-        if counts.num_foreground == 0:
-            raise InputError(
-                f"No row of {counts.num_images} images of {', '.join(cfg.DATASETS.TRAIN)} is "
-                "foreground, so there is no optimal prior; do the anchors fit the objects?"
-            )
-    return comm.all_gather(counts)[0]
+    finally:
+        np.random.set_state(state)
+    if counts.num_foreground == 0:
+        raise InputError(
+            f"No row of {counts.num_images} images of {', '.join(cfg.DATASETS.TRAIN)} is "
+            "foreground, so there is no optimal prior; do the anchors fit the objects?"
+        )
+    return counts
 
 
 def training_augmentations(cfg):

@@ -83,7 +83,7 @@ class BalancedDenseDetector(CountedScoreThreshold):
         levels = [level_rows(x, self.criterion.num_logits) for x in logits]
         rows = self.label_anchors(anchors, objects)
         rows = self.selection(rows, lambda: self._row_losses(levels, rows.labels))
-        image, anchor = rows.foreground.nonzero(as_tuple=True)  # (F,), the one copy to the host
+        image, anchor = rows.foreground.nonzero(as_tuple=True)  # (F,), one copy to the host
         get_event_storage().put_scalar("num_pos_anchors", len(image) / len(gt_instances))
 
         sources = Boxes.cat(anchors).tensor[anchor]

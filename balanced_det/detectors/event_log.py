@@ -10,7 +10,7 @@ def log_regions(predicted, rows, num_images):
 
     Args:
         predicted: (T,) long, the class of each row, K for background.
-        rows: the :class:`~balanced_det.selection.Rows` of the batch, (T,).
+        rows: the :class:`~balanced_det.selection.Rows` of the batch, labels (T,).
         num_images: of the batch.
 
     Returns:
@@ -24,7 +24,7 @@ def log_regions(predicted, rows, num_images):
         is_right & rows.foreground,
         (predicted == rows.num_classes) & rows.foreground,
     ]
-    counts = torch.stack(counts).sum(dim=1).tolist()  # the one copy to the host
+    counts = torch.stack(counts).sum(dim=1).tolist()  # one copy to the host
     num_foreground, num_rows, right, right_foreground, missed = counts
     storage = get_event_storage()
     storage.put_scalar("roi_head/num_fg_samples", num_foreground / num_images)

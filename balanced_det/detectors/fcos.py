@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..losses.base import normalize
+from . import replaced
 from .dense import BalancedDenseDetector, balance_arguments
 from .matching import match_points
+from .replaced import refuse_replaced
 from .thresholds import CountedScoreThreshold
 
 
@@ -34,6 +36,7 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
                 f"BALANCE.DENSE.SAMPLER: '{type(selection.sampler).__name__}' chooses by IoU, "
                 "which the points of FCOS do not have."
             )
+        refuse_replaced(kwargs, replaced.DENSE)
         super().__init__(selection=selection, **kwargs)
 
     @classmethod

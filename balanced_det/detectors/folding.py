@@ -15,7 +15,8 @@ from torch.nn import functional as F
 class FoldedConv2d(Conv2d):
     """Detectron2's ``Conv2d`` with a ``FrozenBatchNorm2d`` that is part of the convolution.
 
-    Parameters and buffers keep their names, so checkpoints fit both ways.
+    Parameters and buffers keep their names, so checkpoints fit both ways. The normalization itself
+    is not called any more, nor are hooks on it.
 
     Args:
         conv: the layer whose place this one takes; it shares all of its parameters and buffers.
@@ -24,7 +25,7 @@ class FoldedConv2d(Conv2d):
     def __init__(self, conv):
         nn.Module.__init__(self)
         self.__dict__.update(conv.__dict__)
-        self._constants = None
+        self._constants = self._sources = None
 
     def forward(self, x):
         """Convolve and normalize x (N, in_channels, H, W)."""
@@ -40,6 +41,8 @@ class FoldedConv2d(Conv2d):
         # They change when a checkpoint is loaded or the model is moved, and hardly ever else.
         state = [(id(source), source.data_ptr(), source._version) for source in sources]
         if self._constants is None or self._constants[0] != state:
+            # Kept alive, so that no other tensor takes the place of one that state is of.
+            self._sources = sources
             with torch.inference_mode(False):  # what is made now may be trained with later
                 scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
                 self._constants = state, scale, norm.bias - norm.running_mean * scale

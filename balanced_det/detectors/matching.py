@@ -48,7 +48,8 @@ class Objects:
         """(N, M) bool: where there is an object."""
         return self.classes >= 0
 
-    def any(self) -> torch.Tensor:
+    @property
+    def images_with_objects(self) -> torch.Tensor:
         """(N, 1) bool: which images have an object."""
         return self.exist[:, :1]
 
@@ -76,7 +77,7 @@ class Match:
         """Return the rows labelled by class; those of an image without objects are background."""
         labels = objects.classes.gather(1, self.matched)
         labels = labels.where(self.kind != 0, num_classes).where(self.kind >= 0, -1)
-        labels = labels.where(objects.any(), num_classes)
+        labels = labels.where(objects.images_with_objects, num_classes)
         return Rows(labels, num_classes, self.ious, self.matched)
 
     def objectness_rows(self) -> Rows:

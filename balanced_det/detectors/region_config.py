@@ -9,6 +9,7 @@ from ..build import (
     build_selection,
     initial_prior,
 )
+from ..errors import InputError
 
 REPLACED_KEYS = {
     "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (0.0, "BALANCE.SmoothL1Loss.BETA"),
@@ -50,3 +51,14 @@ def proposal_selection(cfg):
 def _num_features(input_shape: ShapeSpec) -> int:
     """Return how many numbers a region has: channels, by height and width where it has them."""
     return input_shape.channels * (input_shape.width or 1) * (input_shape.height or 1)
+
+
+def check_classifier(classifier, in_features, criterion):
+    """Refuse a last layer that does not fit a region's features or the criterion's logits."""
+    expected = in_features, criterion.num_logits
+    found = classifier.in_features, classifier.out_features
+    if found != expected:
+        raise InputError(
+            f"The classifier {classifier} takes {found[0]} features to {found[1]} logits; a region "
+            f"has {expected[0]} and {type(criterion.classification_loss).__name__} {expected[1]}."
+        )

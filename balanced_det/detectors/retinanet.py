@@ -9,8 +9,10 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes
 
 from ..build import refuse_overridden_keys
+from . import replaced
 from .dense import BalancedDenseDetector, balance_arguments
 from .matching import match
+from .replaced import refuse_replaced, without
 
 _REPLACED_KEYS = {
     "MODEL.RETINANET.FOCAL_LOSS_ALPHA": (0.25, "BALANCE.FocalLoss.ALPHA"),
@@ -31,13 +33,14 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
 
     @configurable
     def __init__(self, **kwargs):
+        refuse_replaced(kwargs, {**replaced.DENSE, **replaced.REGRESSION})
         super().__init__(**kwargs)
 
     @classmethod
     def from_config(cls, cfg):
         """Translate the config, see :class:`BalancedRetinaNet`."""
         refuse_overridden_keys(cfg, "DENSE", _REPLACED_KEYS)
-        ret = super().from_config(cfg)
+        ret = without(super().from_config(cfg), {**replaced.DENSE, **replaced.REGRESSION})
         ret.update(balance_arguments(cfg, ret["num_classes"], ret["test_score_thresh"], 100))
         return ret
 

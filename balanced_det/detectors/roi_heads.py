@@ -10,6 +10,7 @@ Letters: N images, R proposals of an image at most, T proposals that take part i
 
 import torch
 from detectron2.structures import Boxes, Instances
+from torch import nn
 
 from ..build import refuse_overridden_keys
 from ..rows import nonzero, on_device
@@ -24,13 +25,17 @@ class BatchedROIHeads:
     """What all region heads do for a batch, to inherit before Detectron2's ``ROIHeads``.
 
     Args:
-        selection: the :class:`~balanced_det.selection.Selection`, which proposals take part.
+        selection: the :class:`~balanced_det.selection.Selection`, which proposals take part. It
+            takes the place of the box predictors' own.
         kwargs: Detectron2's own arguments.
     """
 
     def __init__(self, *, selection, **kwargs):
         super().__init__(**with_batched_poolers(kwargs))
         self.selection = selection
+        stages = isinstance(self.box_predictor, nn.ModuleList)
+        for predictor in self.box_predictor if stages else [self.box_predictor]:
+            predictor.selection = selection  # one says which rows count, and what divides them
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -52,7 +57,8 @@ class BatchedROIHeads:
 
         Returns:
             One ``Instances`` an image with ``proposal_boxes``, ``gt_classes``, ``gt_boxes`` (of a
-            background row, any) and, where the image has objects, the other ``gt_*``.
+            background row, any) and, where the image has objects, the other ``gt_*``; what else a
+            proposal carries, such as its objectness, is left behind.
         """
         boxes = [p.proposal_boxes.tensor for p in proposals]
         if self.proposal_append_gt:

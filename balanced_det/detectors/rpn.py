@@ -16,13 +16,10 @@ from ..build import build_criterion, build_selection, initial_prior, refuse_over
 from ..errors import InputError
 from ..rows import nonzero
 from ..selection import PerQuota
+from . import replaced
 from .matching import Objects, match
 from .proposals import top_proposals
-
-_REPLACED_KEYS = {
-    "MODEL.RPN.SMOOTH_L1_BETA": (0.0, "BALANCE.SmoothL1Loss.BETA"),
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1", "BALANCE.RPN.BOX_LOSS"),
-}
+from .replaced import refuse_replaced, without
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -42,6 +39,7 @@ class BalancedRPN(RPN):
 
     @configurable
     def __init__(self, *, criterion, selection, prior_prob=0.5, **kwargs):
+        refuse_replaced(kwargs, {**replaced.REGRESSION, "loss_weight": 1.0})
         super().__init__(**kwargs)
         self.criterion = criterion
         self.selection = selection
@@ -50,11 +48,12 @@ class BalancedRPN(RPN):
     @classmethod
     def from_config(cls, cfg, input_shape):
         """Translate the config, see :class:`BalancedRPN`."""
-        refuse_overridden_keys(cfg, "RPN", _REPLACED_KEYS)
-        ret = super().from_config(cfg, input_shape)
+        refuse_overridden_keys(cfg, "RPN", replaced.RPN_KEYS)
+        ret = without(super().from_config(cfg, input_shape), replaced.REGRESSION)
+        weights = ret.pop("loss_weight")
         weights = {
-            "classification_weight": ret["loss_weight"]["loss_rpn_cls"],
-            "box_weight": ret["loss_weight"]["loss_rpn_loc"],
+            "classification_weight": weights["loss_rpn_cls"],
+            "box_weight": weights["loss_rpn_loc"],
         }
         quota = {
             "rows_per_image": ret["batch_size_per_image"],
@@ -118,7 +117,7 @@ class BalancedRPN(RPN):
         loss = self.criterion.classification_loss
         rows = self.selection(rows, lambda: loss.row_losses(logits, rows.labels))
         counts = torch.stack([rows.foreground.sum(), rows.background.sum()])
-        num_foreground, num_background = counts.tolist()  # the one copy to the host
+        num_foreground, num_background = counts.tolist()  # one copy to the host
         storage = get_event_storage()
         storage.put_scalar("rpn/num_pos_anchors", num_foreground / len(logits))
         storage.put_scalar("rpn/num_neg_anchors", num_background / len(logits))

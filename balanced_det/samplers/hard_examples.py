@@ -24,7 +24,7 @@ class OHEMSampler(Sampler):
         """Return the (N, R) mask of the rows taken; see :class:`Sampler`."""
         kinds = torch.stack([rows.foreground, rows.background], dim=1)  # (N, 2, R)
         numbers = torch.stack(quota.numbers(rows), dim=1)  # (N, 2)
-        # An infinite loss is a row's to be taken like any other; -inf marks those of other kinds.
+        # Infinite losses become finite: inf is NaN's alone, and -inf marks rows of other kinds.
         losses = rows.losses.float().nan_to_num(nan=torch.inf).unsqueeze(1)
         return take(kinds, losses, numbers, quota.rows_per_image).any(dim=1)
 

@@ -62,12 +62,12 @@ def pooler(size):
 
 
 def selection():
-    """Return which proposals take part: 512 at random, and the losses are per row."""
+    """Return which proposals take part: at random, and the losses are per row."""
     return L(Selection)(
         sampler=L(RandomSampler)(),
         normalizer=L(PerRow)(),
-        rows_per_image=512,
-        positive_fraction=0.25,
+        rows_per_image="${..batch_size_per_image}",
+        positive_fraction="${..positive_fraction}",
     )
 
 
@@ -97,7 +97,7 @@ roi_heads = L(BalancedROIHeads)(
             ),
             box_loss=L(SmoothL1Loss)(beta=0.0),
         ),
-        selection=selection(),
+        selection=L(Selection)(sampler=L(RandomSampler)()),  # the heads' own takes its place
         score_threshold=L(FixedThreshold)(fixed=0.0001, num_classes="${...num_classes}"),
         prior_prob=0.001,
     ),
