@@ -10,7 +10,6 @@ from ..selection import PerForegroundOnAverage
 from .inference import dense_detections, traced_dense_detections
 from .matching import Objects
 from .thresholds import CountedScoreThreshold
-from .wide_conv import replace_classifier
 
 
 class BalancedDenseDetector(CountedScoreThreshold):
@@ -29,7 +28,6 @@ class BalancedDenseDetector(CountedScoreThreshold):
         self.criterion = criterion
         self.selection = selection
         self.score_threshold = score_threshold
-        replace_classifier(self.head, self.anchor_generator.num_anchors[0] * criterion.num_logits)
         self.set_prior(prior_prob)
 
     def set_prior(self, prior_prob):

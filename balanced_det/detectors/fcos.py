@@ -18,6 +18,7 @@ from .dense import BalancedDenseDetector, balance_arguments
 from .matching import match_points
 from .replaced import refuse_replaced
 from .thresholds import CountedScoreThreshold
+from .wide_conv import replace_classifier
 
 
 @META_ARCH_REGISTRY.register()
@@ -30,14 +31,15 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
     """
 
     @configurable
-    def __init__(self, *, selection, **kwargs):
+    def __init__(self, *, criterion, selection, head, **kwargs):
         if selection.sampler.needs_ious:
             raise InputError(
                 f"BALANCE.DENSE.SAMPLER: '{type(selection.sampler).__name__}' chooses by IoU, "
                 "which the points of FCOS do not have."
             )
         refuse_replaced(kwargs, replaced.DENSE)
-        super().__init__(selection=selection, **kwargs)
+        replace_classifier(head, criterion.num_logits)
+        super().__init__(criterion=criterion, selection=selection, head=head, **kwargs)
 
     @classmethod
     def from_config(cls, cfg):

@@ -13,6 +13,7 @@ from . import replaced
 from .dense import BalancedDenseDetector, balance_arguments
 from .matching import match
 from .replaced import refuse_replaced, without
+from .wide_conv import replace_classifier
 
 _REPLACED_KEYS = {
     "MODEL.RETINANET.FOCAL_LOSS_ALPHA": (0.25, "BALANCE.FocalLoss.ALPHA"),
@@ -28,13 +29,18 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
     """Detectron2's ``RetinaNet``, with its losses and sampler taken from ``BALANCE.DENSE``.
 
     Args:
+        head: Detectron2's ``RetinaNetHead``; its last layer is exchanged for one of as many logits
+            as the criterion has.
         kwargs: the arguments of :class:`BalancedDenseDetector`, and Detectron2's own.
     """
 
     @configurable
-    def __init__(self, **kwargs):
+    def __init__(self, *, criterion, head, anchor_generator, **kwargs):
         refuse_replaced(kwargs, {**replaced.DENSE, **replaced.REGRESSION})
-        super().__init__(**kwargs)
+        replace_classifier(head, anchor_generator.num_anchors[0] * criterion.num_logits)
+        super().__init__(
+            criterion=criterion, head=head, anchor_generator=anchor_generator, **kwargs
+        )
 
     @classmethod
     def from_config(cls, cfg):

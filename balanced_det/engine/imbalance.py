@@ -30,6 +30,8 @@ def log_remedies(cfg: CfgNode, model: nn.Module) -> None:
         cfg: the config of the training.
         model: with its statistics, counted or loaded.
     """
+    if not cfg.DATASETS.TRAIN:  # a trainer with a loader of its own
+        return
     statistics = training_statistics(cfg)
     names = [printable(name) for name in dataset_classes(cfg.DATASETS.TRAIN[0])["names"]]
     lines = {  # one a loss: the stages of a cascade have the same
