@@ -17,6 +17,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.utils import comm
+from tqdm import tqdm
 
 from ..config.lazy import lazy_config
 from ..data.statistics import objects
@@ -154,7 +155,8 @@ def _counted(part, backbone, cfg):
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            counts = count_rows(part, backbone, cfg, [dicts[i] for i in chosen], dicts)
+            records = tqdm([dicts[i] for i in chosen], desc="Counting rows", unit="images")
+            counts = count_rows(part, backbone, cfg, records, dicts)
     finally:
         np.random.set_state(state)
     if counts.num_foreground == 0:
