@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import logging
 import os
 import pickle
 import signal
@@ -232,6 +233,21 @@ def test_weights_of_another_model_are_refused(data, tmp_path, eval_only):
     torch.save({"model": {"fc.weight": torch.ones(2, 2)}}, path)
     with pytest.raises(InputError, match="MODEL.WEIGHTS: .*other.pth"):
         check_run(config(data, tmp_path / "out", MODEL__WEIGHTS=str(path)), eval_only)
+
+
+def test_what_was_and_what_was_not_loaded_is_said_in_a_line_each(data, trained, tmp_path, caplog):
+    def other_classes(content):
+        name = "roi_heads.box_predictor.cls_score.weight"
+        content["model"][name] = torch.zeros(91, content["model"][name].shape[1])
+
+    path = altered(trained, tmp_path, other_classes)
+    trainer = Trainer(config(data, tmp_path / "out", MODEL__WEIGHTS=path))
+    with caplog.at_level(logging.INFO, "balanced_det"):
+        trainer.resume_or_load(resume=False)
+    total = len(list(trainer.model.named_parameters()))
+    told = [record.getMessage() for record in caplog.records]
+    assert f"Loaded: {total - 1} of the model's {total} weights." in told
+    assert "Not loaded, so start anew: roi_heads.box_predictor.cls_score.weight." in told
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------

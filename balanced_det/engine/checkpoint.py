@@ -341,6 +341,11 @@ def load_weights(checkpointer: Checkpointer, cfg: CfgNode, resume: bool = False)
     parameters = {name for name, _ in checkpointer.model.named_parameters()}
     if cfg.MODEL.WEIGHTS and parameters <= set(checkpointer.untouched):
         raise InputError(f"MODEL.WEIGHTS: '{cfg.MODEL.WEIGHTS}' holds no weight of this model.")
+    if cfg.MODEL.WEIGHTS and not resume:
+        new = sorted(parameters & set(checkpointer.untouched))
+        num_loaded = len(parameters) - len(new)
+        logger.info("Loaded: %d of the model's %d weights.", num_loaded, len(parameters))
+        logger.info("Not loaded, so start anew: %s.", ", ".join(new) or "none")
 
 
 def load_trained(model: nn.Module, cfg: CfgNode, resume: bool = False):
