@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from distributed import run_workers
@@ -12,6 +13,7 @@ from models import DETECTORS, FASTER, FCOS, NUM_CLASSES, RETINANET, batch, confi
 from torch.nn.parallel import DistributedDataParallel
 
 from balanced_det.criterion import Criterion
+from balanced_det.detectors.encoding import WaitlessTransform
 from balanced_det.errors import InputError
 from balanced_det.losses import CLASSIFICATION_LOSSES
 from balanced_det.priors import prior_bias
@@ -527,3 +529,15 @@ def test_a_threshold_set_on_a_built_model_takes_effect_or_is_refused(name):
     owner = counted if name == "retinanet" else counted.roi_heads.box_predictor
     with pytest.raises(InputError, match="ForegroundThreshold, which is counted"):
         owner.test_score_thresh = 0.5
+
+
+def test_boxes_are_encoded_as_detectron2_encodes_them():
+    generator = torch.Generator().manual_seed(0)
+    corners = 100 * torch.rand(2, 50, 2, generator=generator)
+    sources, targets = torch.cat(
+        [corners, corners + 1 + 90 * torch.rand(2, 50, 2, generator=generator)], dim=2
+    )
+    transform = Box2BoxTransform((10.0, 10.0, 5.0, 5.0))
+    ours = WaitlessTransform(transform)
+    assert torch.equal(ours.get_deltas(sources, targets), transform.get_deltas(sources, targets))
+    assert ours.get_deltas(sources[:0], targets[:0]).shape == (0, 4)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ..rows import nonzero
 from ..selection import Rows
 from . import replaced
+from .encoding import WaitlessTransform
 from .event_log import log_regions
 from .inference import region_detections
 from .matching import pad
@@ -99,7 +100,9 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
             deltas = deltas[row]
         else:
             deltas = deltas.unflatten(1, (-1, 4))[row, labels[row]]
-        boxes = self.criterion.box_pairs(self.box2box_transform, sources[row], deltas, targets[row])
+        boxes = self.criterion.box_pairs(
+            WaitlessTransform(self.box2box_transform), sources[row], deltas, targets[row]
+        )
         return self.criterion(logits, labels, boxes, self.selection.normalizer(rows))
 
     def _labels(self, logits, proposals):

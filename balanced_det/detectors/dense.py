@@ -7,6 +7,7 @@ from detectron2.utils.events import get_event_storage
 from ..build import build_criterion, build_score_threshold, build_selection, initial_prior
 from ..rows import level_rows, split_levels
 from ..selection import PerForegroundOnAverage
+from .encoding import WaitlessTransform
 from .inference import dense_detections, traced_dense_detections
 from .matching import Objects
 from .thresholds import CountedScoreThreshold
@@ -87,7 +88,7 @@ class BalancedDenseDetector(CountedScoreThreshold):
         sources = Boxes.cat(anchors).tensor[anchor]
         targets = objects.boxes[image, rows.matched[image, anchor]]
         boxes = self.criterion.box_pairs(
-            self.box2box_transform,
+            WaitlessTransform(self.box2box_transform),
             sources,
             torch.cat([level_rows(x, 4).flatten(1, 3) for x in deltas], dim=1)[image, anchor],
             targets,

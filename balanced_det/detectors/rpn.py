@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..rows import nonzero
 from ..selection import PerQuota
 from . import replaced
+from .encoding import WaitlessTransform
 from .matching import Objects, match
 from .proposals import top_proposals
 from .replaced import refuse_replaced, without
@@ -124,7 +125,7 @@ class BalancedRPN(RPN):
 
         image, anchor = nonzero(rows.foreground, num_foreground)  # (F,)
         boxes = self.criterion.box_pairs(
-            self.box2box_transform,
+            WaitlessTransform(self.box2box_transform),
             Boxes.cat(anchors).tensor[anchor],
             cat(pred_anchor_deltas, dim=1)[image, anchor],
             objects.boxes[image, rows.matched[image, anchor]],
