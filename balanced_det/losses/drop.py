@@ -13,20 +13,17 @@ for all workers; the expected gradient is the same. A batch without foreground r
 here; there its share is nan, which drops nothing. The published runs start with a prior of 0.001.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..distributed import shared_uniform, sum_over_workers
 from ..rows import foreground
 from .base import CLASSIFICATION_LOSSES, row_labels
-from .sigmoid import SigmoidLoss
-from .tail import TailClasses
+from .equalization import EqualizationLoss
 
 
 @CLASSIFICATION_LOSSES.register
-class DropLoss(SigmoidLoss):
+class DropLoss(EqualizationLoss):
     """DropLoss over K sigmoids; see the module's docstring.
 
     Args:
@@ -37,35 +34,14 @@ class DropLoss(SigmoidLoss):
         tail_share: replaces ``tail_threshold``: the rarest round(tail_share K) classes are tail.
     """
 
-    needs = ("class_frequency",)
     sums_over_workers = True
-    refused_on = {"RPN": "it weighs classes by frequency; objectness has none"}
-    neutral = {"tail_threshold": 0.0}
-
-    def __init__(
-        self,
-        num_classes: int,
-        class_frequency: Sequence[float] | Tensor | None,
-        tail_threshold: float = 0.00177,
-        tail_share: float | None = None,
-    ):
-        super().__init__(num_classes)
-        self.tail = TailClasses(
-            num_classes, class_frequency, tail_threshold, tail_share, loss=type(self).__name__
-        )
-
-    @property
-    def class_frequency(self) -> Tensor:
-        """The (K,) class frequencies, NaN while unknown."""
-        return self.tail.class_frequency
 
     def pass_options(self, levels: list[tuple[Tensor, Tensor]]) -> dict:
         """Return the weights of y = 0 on foreground and on background rows."""
-        keeps = self.tail.negative_weight()  # (K,), 0 for the tail
-        return {
-            "negative_weight": keeps,
-            "background_weight": keeps + (1 - keeps) * self.kept(row_labels(levels)),
-        }
+        options = super().pass_options(levels)
+        keeps = options["negative_weight"]  # (K,), 0 for the tail
+        kept = self.kept(row_labels(levels))
+        return {**options, "background_weight": keeps + (1 - keeps) * kept}
 
     @torch.no_grad()
     def kept(self, labels: Tensor) -> Tensor:
