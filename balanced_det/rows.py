@@ -33,12 +33,18 @@ def nonzero(mask, count):
 
 
 def on_device(values, like):
-    """Return a list of numbers as a tensor of the type and device of ``like``, without waiting.
+    """Return a list of numbers as a tensor of the type and device of ``like``, without waiting."""
+    return without_waiting(torch.tensor(values, dtype=like.dtype), like.device)
+
+
+def without_waiting(tensor, device):
+    """Move a tensor, which may be on the host, to a device without waiting for it.
 
     A copy from ordinary memory to a GPU waits until all that was launched before it has ended.
     """
-    tensor = torch.tensor(values, dtype=like.dtype, pin_memory=like.is_cuda)
-    return tensor.to(like.device, non_blocking=True)
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def level_rows(prediction, channels):

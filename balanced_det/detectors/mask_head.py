@@ -13,6 +13,7 @@ from detectron2.modeling.roi_heads.mask_head import (
 )
 from torch.nn import functional as F
 
+from ..rows import without_waiting
 from .event_log import log_masks
 
 
@@ -70,13 +71,6 @@ def mask_loss(logits, instances, vis_period=0):
     ]
     if not targets:
         return logits.sum() * 0
-    targets = _to(torch.cat(targets), logits.device)
+    targets = without_waiting(torch.cat(targets), logits.device)
     log_masks(logits.detach(), targets, vis_period)
     return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
-
-
-def _to(tensor, device):
-    """Move a tensor, which may be on the host, to a device without waiting for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
