@@ -4,13 +4,12 @@ As in test_ops, tests that take ``implementation`` run on all that this machine 
 run in Triton's interpreter where there is no CUDA.
 """
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torchvision
+from interpreter import run_in_interpreter
 from test_ops import IMPLEMENTATIONS, INTERPRETED
 
 from balanced_det import ops
@@ -213,12 +212,4 @@ def test_bad_input_is_named(change, message):
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run right here")
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    finished = subprocess.run(
-        [*command, "-k", "triton-cpu"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    run_in_interpreter(__file__)

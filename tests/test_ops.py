@@ -7,13 +7,12 @@ for that.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreter import run_in_interpreter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -737,12 +736,4 @@ def test_more_elements_than_32_bits_count():
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run right here")
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    finished = subprocess.run(
-        [*command, "-k", "triton-cpu"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    run_in_interpreter(__file__)
