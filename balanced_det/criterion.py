@@ -38,6 +38,8 @@ class Criterion(nn.Module):
     Attributes:
         monitored: scalars of the last step that the losses do not show, as detached tensors; the
             trainer logs them now and then, so that no step waits for the device.
+        rows_are_counted: whether priors and thresholds that are counted in the training set are
+            those of a data set; see :func:`balanced_det.build.build_criterion`.
 
     Raises:
         InputError: when weights and box losses are not equally many, or the scores of the loss
@@ -72,6 +74,7 @@ class Criterion(nn.Module):
         self.guided_factor = guided_factor
         self.calibration = calibration
         self.monitored: dict[str, Tensor] = {}
+        self.rows_are_counted = False
 
     @property
     def num_classes(self) -> int:

@@ -6,6 +6,7 @@ Detectron2 labels all of them alike, and so do all methods here: ``0 ... K-1`` a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,8 +36,11 @@ def nonzero(mask: Tensor, count: int) -> tuple[Tensor, ...]:
     return torch.unravel_index(index, mask.shape)
 
 
-def on_device(values: Sequence[float], like: Tensor) -> Tensor:
-    """Return a list of numbers as a tensor of the type and device of ``like``, without waiting."""
+def on_device(values: Sequence[Any], like: Tensor) -> Tensor:
+    """Return numbers, or tuples of them, as a tensor of the type and device of ``like``.
+
+    The device is not waited for.
+    """
     return without_waiting(torch.tensor(values, dtype=like.dtype), like.device)
 
 
