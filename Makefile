@@ -1,6 +1,6 @@
 # make demo   generate a long-tailed data set, train a detector with EQL on it, evaluate it
 # make test   lint and tests
-# make lint   lint alone
+# make lint   lint and types alone
 # make bench  the benchmarks, sized for this machine
 # Each installs what it needs into .venv first.
 
@@ -36,6 +36,7 @@ test: lint
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 bench: $(READY)
 	$(PY) benchmarks/bench_losses.py

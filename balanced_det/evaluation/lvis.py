@@ -23,6 +23,7 @@ or torch.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import hotcoco
 import numpy as np
@@ -213,7 +214,7 @@ class Matcher:
         categories = [{"id": c + 1, "name": str(c)} for c in range(len(truth.categories))]
         self._state = hotcoco.StreamingEval(categories, iou_type, params=params)
         self._given = np.zeros(len(truth.images), dtype=bool)
-        self._waiting = []
+        self._waiting: list[Any] = []
         self._rows = _objects(truth)  # indices of the objects that count
         self._objects_of = _grouped(truth.image[self._rows], len(truth.images))
         self._class_index = {category.id: c for c, category in enumerate(truth.categories)}
@@ -369,7 +370,7 @@ class Matcher:
             masks.extend(image_masks)
         rows = np.concatenate([rows for _, rows, _ in self._waiting])
         shapes = {"segmentation": masks} if self._iou_type == "segm" else {}
-        self._waiting = []
+        self._waiting: list[Any] = []
         return images, objects, rows, shapes
 
     def _region_entry(self, image, c):
