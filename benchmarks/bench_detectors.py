@@ -41,7 +41,7 @@ RCNN = [
 ]
 CASCADE = [*RCNN, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]
 
-# name: (config and fragments, number of classes, our keys, keys that make it Detectron2's own detector)
+# name: (config and fragments, number of classes, our keys, keys that make it Detectron2's own)
 DETECTORS = {
     "Mask R-CNN R-50 with EQL, 1203 classes": (
         "lvis_v1/mask_rcnn_R_50_FPN_1x_eql.yaml",

@@ -1,8 +1,8 @@
 """Every config file of the project loads and builds its model; no data set is needed."""
 
 import pytest
-from shipped_configs import CONFIGS, FILES, FOLDER, FRAGMENTS, load, relative
 from detectron2.data import MetadataCatalog
+from shipped_configs import CONFIGS, FILES, FOLDER, FRAGMENTS, load, relative
 
 from balanced_det.build import build_model
 from balanced_det.config import load_config
