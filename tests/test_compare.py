@@ -93,13 +93,21 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def comparison(*folders, draws=200):
+def comparison(*folders, draws=200, jobs=1):
     return compare.compare_runs(
-        [(folder.name, [runs.read_run(folder)], []) for folder in folders], draws=draws
+        [(folder.name, [runs.read_run(folder)], []) for folder in folders], draws=draws, jobs=jobs
     )
 
 
 # --- The numbers ----------------------------------------------------------------------------------
+
+
+def test_runs_that_are_evaluated_side_by_side_have_the_same_numbers(two):
+    _, _, good, bad = two
+    alone, together = comparison(bad, good, bad), comparison(bad, good, bad, jobs=2)
+    for first, second in zip(alone.entries, together.entries, strict=True):
+        np.testing.assert_array_equal(first.metrics, second.metrics)
+        np.testing.assert_array_equal(first.classes, second.classes)
 
 
 def test_intervals_are_those_of_evaluating_each_draw_of_images(two):
