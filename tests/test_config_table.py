@@ -125,7 +125,7 @@ def test_the_list_of_bases_is_what_the_command_line_gives(tmp_path, monkeypatch)
     assert leaves(load_line(str(path), monkeypatch), "") == leaves(expected, "")
 
 
-# Pages and lists of runs that name configs: those of the repository's own folder.
+# Pages and lists of runs that name configs of this repository.
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -137,9 +137,10 @@ PAGES = [
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_config_that_a_page_names_loads(page, monkeypatch):
+    text = page.read_text()
     words = [
         word
-        for word in re.findall(r"(?<![\w/.])configs/[\w./{},+=-]+", page.read_text())
+        for word in re.findall(r"(?<![\w/.])(?:configs|benchmarks/evidence)/[\w./{},+=-]+", text)
         if re.search(r"\.(yaml|py)\b", word) and "lazy/common" not in word
     ]
     # A shell writes out a.yaml{,+b,+c}.
