@@ -10,6 +10,7 @@ from balanced_det.config.files import read_layers
 from balanced_det.config.reads import leaves
 from balanced_det.engine import check_model_classes, train_only
 from balanced_det.errors import InputError
+from balanced_det.new import STARTS
 
 
 def load_file(path):
@@ -71,7 +72,16 @@ def test_no_two_configs_are_the_same():
     assert not same
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=relative)
+# What a new config is a copy of, so that it stands for itself.
+WHOLE = {FOLDER / start.base for start in STARTS.values()}
+
+
+@pytest.mark.parametrize("path", sorted(WHOLE), ids=relative)
+def test_what_new_configs_are_copies_of_has_no_base(path):
+    assert len(read_layers(str(path))) == 1
+
+
+@pytest.mark.parametrize("path", sorted({*FOLDER.rglob("*.yaml")} - WHOLE), ids=relative)
 def test_a_config_names_its_fragments_and_copies_none(path):
     keys = own_keys(path)
     for fragment in FRAGMENTS.rglob("*.yaml"):
