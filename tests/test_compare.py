@@ -438,11 +438,11 @@ def test_a_python_config_takes_its_own_words(tmp_path):
 
 def test_configs_of_one_name_are_told_apart_by_their_folders():
     setups = [
-        runs.parse_setup(f"configs/{folder}/libra_retinanet_R_50_FPN_1x.yaml")
+        runs.parse_setup(f"configs/{folder}/retinanet_R_50_FPN_1x.yaml")
         for folder in ("coco", "lvis_v1")
     ]
     names = [setup.name for setup in runs.distinct_names(setups)]
-    assert names == [f"{f}-libra_retinanet_R_50_FPN_1x" for f in ("coco", "lvis_v1")]
+    assert names == [f"{f}-retinanet_R_50_FPN_1x" for f in ("coco", "lvis_v1")]
     with pytest.raises(InputError, match="listed twice"):
         runs.distinct_names([setups[0], setups[0]])
 
@@ -508,7 +508,7 @@ def tiny(tmp_path_factory):
     data = shapes.generate(folder / "drawn", classes=6, train=20, val=12, size=64)
     sets = [[str(p), str(p), str(data.image_root)] for p in (data.train_json, data.val_json)]
     keys = {
-        "_BASE_": str(ROOT / "configs/Base-shapes-RCNN.yaml"),
+        "_BASE_": str(ROOT / "configs/shapes/faster_rcnn.yaml"),
         "BALANCE": {"DATASETS": sets},
         "DATASETS": {"TRAIN": [sets[0][0]], "TEST": [sets[1][0]]},
         "DATALOADER": {"NUM_WORKERS": 0},
