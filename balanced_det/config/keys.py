@@ -199,8 +199,8 @@ def _slot_defaults(part: Part):
         "SAMPLER": part.sampler,
     }
     if part.has_classes:
-        # The least score of a detection: Detectron2's own key, or one that is counted. RPN ranks its
-        # boxes, and drops none by score.
+        # The least score of a detection: Detectron2's own key, or a counted one. RPN ranks its boxes,
+        # and drops none by score.
         slots["SCORE_THRESHOLD"] = "FixedThreshold"
         # How scores are corrected at test time; None leaves them as the loss trains them.
         slots["SCORE_CALIBRATION"] = None
@@ -281,8 +281,8 @@ def _fcos_keys():
         "NORM": "",
         # In strides: how close to the center of a box a point must lie to be foreground.
         "CENTER_SAMPLING_RADIUS": 1.5,
-        # At inference: the least score, how many candidates a level has, and the overlap from which on
-        # the lower of two boxes is suppressed.
+        # At inference: the least score, how many candidates a level has, and the overlap from which
+        # on the lower of two boxes is suppressed.
         "SCORE_THRESH_TEST": 0.2,
         "TOPK_CANDIDATES_TEST": 1000,
         "NMS_THRESH_TEST": 0.6,

@@ -1,16 +1,7 @@
-"""Docstrings as Markdown: Sphinx roles become code, and ``::`` before a code block a colon."""
-
-import re
+"""What the reference does to docstrings before it reads them."""
 
 import griffe
-
-_ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`~?([^`]+)`")
-
-
-def as_markdown(text: str) -> str:
-    """Return a docstring with what Markdown has no word for rewritten."""
-    text = _ROLE.sub(lambda found: f"`{found[1].removeprefix('.')}`", text)
-    return re.sub(r"::$", ":", text, flags=re.MULTILINE)
+from text import as_markdown
 
 
 class Docstrings(griffe.Extension):

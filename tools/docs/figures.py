@@ -97,7 +97,9 @@ def _push_by_class(axes, loss, draws=1):
     axes.bar(
         CLASSES - width / 2, on_object[:num_classes], width, color=ORANGE, label="another class"
     )
-    axes.bar(CLASSES + width / 2, on_background[:num_classes], width, color=BLUE, label="background")
+    axes.bar(
+        CLASSES + width / 2, on_background[:num_classes], width, color=BLUE, label="background"
+    )
     axes.set_ylabel("push down at logit 0")
     axes.legend(title="on a row of", loc="center left", bbox_to_anchor=(1, 0.5))
     _class_axis(axes)
@@ -174,7 +176,11 @@ def seesaw(mitigation, compensation):
     factor = [loss.margins(torch.tensor([[0.0, x]]), row, torch.zeros(2)) for x in odds]
     compensation.plot(odds.exp(), torch.cat(factor)[:, 1].exp(), color=ORANGE)
     compensation.set(
-        xlabel="score of j / of i", title="compensation", xscale="log", yscale="log", ylim=(0.5, None)
+        xlabel="score of j / of i",
+        title="compensation",
+        xscale="log",
+        yscale="log",
+        ylim=(0.5, None),
     )
 
 
@@ -351,9 +357,9 @@ def sampling_free(prior, threshold):
     )
     prior.plot(probability, first, color=BLUE)
     best = priors.optimal_prior(num_foreground, num_rows, len(COUNTS))
-    prior.axvline(best, color=ORANGE, label=f"p* = {best:.1e}")
-    prior.set(xlabel="probability at the start", title="first loss", xscale="log", yscale="log")
-    prior.legend()
+    prior.axvline(best, color=ORANGE)
+    prior.set(xlabel="probability at the start", xscale="log", yscale="log")
+    prior.set_title(f"first loss; p* = {best:.1e}")
     counted = priors.class_adaptive_thresholds(num_foreground, num_rows, COUNTS)
     threshold.plot(CLASSES, counted, "o-", markersize=3, color=GREEN)
     threshold.set(title="score threshold", yscale="log")

@@ -44,7 +44,7 @@ def on_files(files, config):
         if name not in files.src_uris:
             source = ROOT / path
             files.append(File.generated(config, name, content=source.read_text(encoding="utf-8")))
-    for name in figures.names():
+    for name in set(figures.names()) - {"walk"}:
         content = figures.svg(name)
         files.append(File.generated(config, f"assets/figures/{name}.svg", content=content))
     return files
@@ -60,22 +60,25 @@ def on_page_markdown(markdown, page, config, files):
     return _outside_code(markdown, lambda text: _LINK.sub(_mended(page.file.src_uri, files), text))
 
 
-def mathml(formula: str) -> str:
-    """Return the MathML of a formula in LaTeX, one line of it a row."""
-    text = convert(" ".join(formula.split()), display="block")
+def mathml(formulas: str) -> str:
+    """Return the MathML of formulas in LaTeX; between them, at each ``\\quad``, a line may break."""
+    parts = re.split(r"\s*\\quad\s*", " ".join(formulas.split()))
+    return f'<div class="formula">{"".join(map(_mathml, parts))}</div>\n'
+
+
+def _mathml(formula):
+    text = convert(formula, display="block")
     # A function's name and its argument stand apart, unless a bracket parts them.
-    text = re.sub(r"(<mi>(?:log|ln|exp|min|max)</mi>)(?!<mo)", r'\1<mspace width="0.17em"/>', text)
-    return f'<div class="formula">{text}</div>\n'
+    return re.sub(r"(<mi>(?:log|ln)</mi>)(?!<mo)", r'\1<mspace width="0.17em"/>', text)
 
 
 def _figure(name, caption, top):
     caption = html.escape(" ".join(caption.split()))
     source = f"{top}/assets/figures/{name}.svg"
-    alternative = html.escape(caption, quote=True)
-    return (
-        f'<figure markdown="span">\n![{alternative}]({source})\n'
-        f"<figcaption>{caption}</figcaption>\n</figure>\n"
-    )
+    image = f"![{caption}]({source})"
+    if name == "walk":  # a part of the page, so that its text has the page's colour
+        image = figures.svg(name)
+    return f'<figure markdown="span">\n{image}\n<figcaption>{caption}</figcaption>\n</figure>\n'
 
 
 def _reference(packages):

@@ -9,8 +9,7 @@ import inspect
 import re
 from collections.abc import Iterable
 
-import griffe
-from docstrings import as_markdown
+from text import arguments, in_cell
 
 from balanced_det.config import keys
 from balanced_det.pyramid import BalancedFeaturePyramid
@@ -37,8 +36,17 @@ def table(names: Iterable[str]) -> str:
     if names == ["all"]:
         return "\n\n".join(_sections())
     rows = [row for name in names for row in _rows(name)]
-    lines = [f"| `{key}` | `{default!r}` | {meaning} |" for key, default, meaning in rows]
+    if not rows:
+        return ""
+    lines = [
+        f"| {_breakable(key)} | `{default!r}` | {in_cell(told)} |" for key, default, told in rows
+    ]
     return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *lines]) + "\n"
+
+
+def _breakable(key):
+    """A key as code that may break after dots and underscores, where a page is narrow."""
+    return "<code>" + re.sub(r"([._])", r"\1<wbr>", key) + "</code>"
 
 
 def methods() -> dict[str, type]:
@@ -106,14 +114,9 @@ def _arguments(method):
     """Return {argument: meaning} of a class, those told by its parents too."""
     found = {}
     for cls in reversed(method.__mro__):
-        text = as_markdown(inspect.cleandoc(cls.__dict__.get("__doc__") or ""))
-        for section in griffe.Docstring(text).parse("google", warnings=False):
-            if section.kind is griffe.DocstringSectionKind.parameters:
-                for argument in section.value:
-                    if argument.description.startswith("as in"):  # what a parent tells
-                        continue
-                    for name in argument.name.split(", "):
-                        found[name] = " ".join(argument.description.split())
+        # "as in" refers to what a parent tells.
+        told = {k: v for k, v in arguments(cls).items() if not v.startswith("as in")}
+        found.update(told)
     return found
 
 
@@ -134,6 +137,6 @@ def _comments():
             key = _KEY.match(line)
             if key:
                 meaning = " ".join(part.lstrip("# ") for part in comment)
-                found[node, key[1] or key[2]] = meaning.replace("|", "\\|")
+                found[node, key[1] or key[2]] = meaning
     found["BALANCE.PYRAMID", "BACKBONE"] = "the builder of the backbone that the pyramid is put on"
     return found

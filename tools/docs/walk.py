@@ -5,7 +5,12 @@ from html import escape
 # (what it is, who does it, the shape of what comes out, the slot that chooses it)
 STEPS = [
     ("a batch of images", "data/loader.py", "N images", "DATALOADER.SAMPLER_TRAIN"),
-    ("backbone and pyramid", "Detectron2, pyramid.py", "levels (N, C, H, W)", "MODEL.BACKBONE.NAME"),
+    (
+        "backbone and pyramid",
+        "Detectron2, pyramid.py",
+        "levels (N, C, H, W)",
+        "MODEL.BACKBONE.NAME",
+    ),
     ("head", "Detectron2", "logits (N, R, num_logits)", "CLASSIFIER"),
     ("label the rows", "detectors/matching.py", "Rows: labels (N, R)", None),
     ("choose the rows", "selection.py, samplers/", "Rows, the others -1", "SAMPLER"),
@@ -23,7 +28,7 @@ def svg() -> str:
     height = STEP * len(STEPS)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="11">',
+        'font-family="sans-serif" font-size="11" role="img">',
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
         'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="#808890"/></marker></defs>',
     ]
@@ -49,5 +54,5 @@ def svg() -> str:
 
 
 def _text(x, y, text, style=""):
-    fill = "" if "fill=" in style else 'fill="#808890"'
+    fill = "" if "fill=" in style else 'fill="currentColor"'
     return f'<text x="{x}" y="{y}" {fill} {style}>{escape(text)}</text>'
