@@ -7,7 +7,7 @@ nothing with the losses but the head's output.
 import pytest
 import torch
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from models import batch
 from test_configs import FOLDER
@@ -43,6 +43,7 @@ class DenseRows:
 
     Attributes:
         levels: one (logits (N, R, K), labels (N, R), deltas, target deltas (N, R, 4)) a level.
+        anchors: Detectron2's ``Boxes`` of each level.
         num_foreground: of all levels.
     """
 
@@ -63,7 +64,13 @@ class DenseRows:
         self.levels = list(
             zip(logits, labels.split(sizes, 1), deltas, wanted.split(sizes, 1), strict=True)
         )
+        self.anchors = anchors
         self.num_foreground = int(is_foreground(labels).sum())
+
+    def of_images(self):
+        """Return the logits and the deltas of all levels, (N, R, K) and (N, R, 4)."""
+        logits, _, deltas, _ = zip(*self.levels, strict=True)
+        return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
 
 
 class PublishedGHM:
@@ -127,6 +134,139 @@ def test_ghmc_published_divides_the_box_loss_by_the_batch_s_own_foreground():
             total += torch.where(error < 0.11, error**2 / 0.22, error - 0.055).sum()
         expected = total / rows.num_foreground
         torch.testing.assert_close(losses_of(model, inputs)["loss_box_reg"], expected, **TOLERANCE)
+
+
+def smooth_l1(error, beta):
+    return torch.where(error < beta, error**2 / (2 * beta), error - beta / 2)
+
+
+def test_sampling_free_retinanet_published_has_the_official_losses():
+    model = build("Base-shapes-RetinaNet", "sampling_free_published")
+    for seed in range(2):
+        inputs = batch((2, 3), seed)
+        boxes = classes = 0.0
+        num_between = num_foreground = 0
+        rows = DenseRows(model, inputs)
+        anchors, images = Boxes.cat(rows.anchors), zip(inputs, *rows.of_images(), strict=True)
+        for record, x, deltas in images:
+            objects = record["instances"]
+            ious = pairwise_iou(objects.gt_boxes, anchors)  # (M, R)
+            best, matched = ious.max(dim=0)
+            positive = best >= 0.5
+            positive |= (ious == ious.amax(dim=1, keepdim=True)).any(dim=0)
+            num_between += int(((best >= 0.4) & ~positive).sum())
+            num_foreground += int(positive.sum())
+            wanted = encoded(anchors.tensor[positive], objects.gt_boxes.tensor[matched[positive]])
+            boxes += smooth_l1((deltas[positive] - wanted).abs(), 0.11).sum()
+            target = torch.zeros_like(x)
+            target[positive, objects.gt_classes[matched[positive]]] = 1
+            # All rows: those between the thresholds are negatives of every class.
+            classes += F.binary_cross_entropy_with_logits(x, target, reduction="sum")
+        assert num_between and num_foreground
+        boxes = boxes / (4 * num_foreground)
+        classes = classes / (num_foreground + 2)  # by images, too; the guide takes it out again
+        expected = {"loss_box_reg": boxes, "loss_cls": classes * (boxes / classes).detach()}
+        losses = losses_of(model, inputs)
+        for name, value in expected.items():
+            torch.testing.assert_close(losses[name], value, **TOLERANCE)
+        assert_equal_gradients(model, losses, expected)
+
+
+def encoded(sources, boxes, weights=(10.0, 10.0, 5.0, 5.0)):
+    """Return the deltas (F, 4) from sources to boxes, as R-CNN defines them (1311.2524)."""
+    size, wanted = (x[:, 2:] - x[:, :2] for x in (sources, boxes))
+    shift = (boxes[:, :2] + boxes[:, 2:] - sources[:, :2] - sources[:, 2:]) / (2 * size)
+    return torch.cat([shift, (wanted / size).log()], dim=1) * torch.tensor(weights)
+
+
+def assert_equal_gradients(model, losses, expected):
+    found, wanted = (
+        torch.autograd.grad(sum(x.values()), list(model.head.parameters()), retain_graph=True)
+        for x in (losses, expected)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        # Float32 rounding of sums over all rows, relative to the largest number of a parameter.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+def test_sampling_free_retinanet_published_detects_as_the_official_code():
+    model = build("Base-shapes-RetinaNet", "sampling_free_published")
+    assert model.test_nms_thresh == 0.55
+    model.score_threshold.set_row_counts(3, 10_000)
+    # The prior N_f / (N K), times the classes with background; below the floor of our threshold.
+    assert model.test_score_thresh.tolist() == pytest.approx([3e-4 / 20 * 21] * 20, rel=1e-6)
+
+
+def test_sampling_free_rpn_published_has_the_official_losses():
+    model = build("Base-shapes-RCNN", "sampling_free_published")
+    assert model.roi_heads.box_predictor.test_score_thresh == 0.0001
+    rpn, inputs = model.proposal_generator, batch((2, 3))
+    images = model.preprocess_image(inputs)
+    features = model.backbone(images.tensor)
+    objects = [x["instances"] for x in inputs]
+    with EventStorage():
+        losses = rpn(images, features, objects)[1]
+
+    features = [features[name] for name in rpn.in_features]
+    anchors = Boxes.cat(rpn.anchor_generator(features))
+    logits, deltas = rpn.rpn_head(features)
+    logits = torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in logits], dim=1)  # (N, R)
+    deltas = torch.cat(
+        [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in deltas], dim=1
+    )
+    inside = ((anchors.tensor >= 0) & (anchors.tensor < torch.tensor([128, 96, 128, 96]))).all(
+        dim=1
+    )
+    labels, found, wanted = [], [], []
+    for x, of_image in zip(objects, deltas, strict=True):
+        matched, kind = rpn.anchor_matcher(pairwise_iou(x.gt_boxes, anchors))
+        kind = kind.where(inside, -1)
+        labels.append(kind)
+        positive = kind == 1
+        boxes = x.gt_boxes.tensor[matched[positive]]
+        found.append(of_image[positive])
+        wanted.append(encoded(anchors.tensor[positive], boxes, (1.0,) * 4))
+    labels = torch.stack(labels)
+    assert ((labels == -1) & ~inside).any() and (labels == 1).any()
+    boxes = 0.5 * smooth_l1((torch.cat(found) - torch.cat(wanted)).abs(), 1 / 9).mean()
+    torch.testing.assert_close(losses["loss_rpn_loc"], boxes, **TOLERANCE)
+    valid = labels >= 0
+    classes = F.binary_cross_entropy_with_logits(logits[valid], labels[valid].float())
+    torch.testing.assert_close(losses["loss_rpn_cls"], boxes, **TOLERANCE)  # guided to its size
+    gradient = torch.autograd.grad(losses["loss_rpn_cls"], logits_layer(rpn), retain_graph=True)
+    expected = torch.autograd.grad(classes * (boxes / classes).detach(), logits_layer(rpn))
+    for a, b in zip(gradient, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+def logits_layer(rpn):
+    return list(rpn.rpn_head.objectness_logits.parameters())
+
+
+def test_sampling_free_region_head_published_has_the_official_losses():
+    predictor = build("Base-shapes-RCNN", "sampling_free_published").roi_heads.box_predictor
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 21, generator=generator).requires_grad_()
+    deltas = torch.randn(9, 80, generator=generator).requires_grad_()
+    labels = torch.tensor([20, 3, 20, 7, 20, 20, 3, 20, 19])
+    corner = 60 * torch.rand(9, 2, generator=generator)
+    size = 16 + 30 * torch.rand(9, 2, generator=generator)
+    sources = torch.cat([corner, corner + size], dim=1)
+    targets = sources + torch.randn(9, 4, generator=generator)
+    proposals = Instances(
+        (96, 128), proposal_boxes=Boxes(sources), gt_classes=labels, gt_boxes=Boxes(targets)
+    )
+    with EventStorage():
+        losses = predictor.losses((logits, deltas), [proposals])
+    rows = [1, 3, 6, 8]
+    own = deltas.view(9, 20, 4)[rows, labels[rows]]
+    boxes = smooth_l1((own - encoded(sources[rows], targets[rows])).abs(), 1.0).mean()
+    torch.testing.assert_close(losses["loss_box_reg"], boxes, **TOLERANCE)
+    torch.testing.assert_close(losses["loss_cls"], 2 * boxes, **TOLERANCE)
+    classes = F.cross_entropy(logits, labels)
+    expected = torch.autograd.grad(2 * classes * (boxes / classes).detach(), logits)[0]
+    found = torch.autograd.grad(losses["loss_cls"], logits)[0]
+    torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("part", ["RPN", "ROI_HEADS"])
