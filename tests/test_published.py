@@ -4,6 +4,8 @@ The formulations here loop over levels, bins and images with Detectron2's own ma
 nothing with the losses but the head's output.
 """
 
+import math
+
 import pytest
 import torch
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
@@ -283,3 +285,37 @@ def test_levels_one_by_one_are_refused_where_rows_have_none(part, slot, loss):
 def test_an_unknown_normalizer_is_refused():
     with pytest.raises(InputError, match="NORMALIZER is 'sum'; known are: average, batch"):
         build("Base-shapes-RetinaNet", BALANCE__DENSE__NORMALIZER="sum")
+
+
+def test_libra_retinanet_published_has_the_official_losses():
+    model = build("Base-shapes-RetinaNet", "libra_published")
+    # Uniform within sqrt(6 / (64 + 64)); of 4,096 draws some come near the bound.
+    assert 0.21 < model.backbone.refine.out.weight.abs().max() <= (6 / 128) ** 0.5
+    inputs = batch((2, 3))
+    rows = DenseRows(model, inputs)
+    boxes = classes = 0.0
+    b = math.exp(1.5 / 0.5) - 1
+    for x, labels, deltas, wanted in rows.levels:
+        error = (deltas - wanted)[is_foreground(labels)].abs()
+        near = 0.5 / b * (b * error + 1) * torch.log(b * error / 0.11 + 1) - 0.5 * error
+        boxes += torch.where(error < 0.11, near, 1.5 * error + 1.5 / b - 0.5 * 0.11).sum()
+        takes_part = labels >= 0
+        target = F.one_hot(labels.clamp(min=0), NUM_CLASSES + 1)[..., :-1].to(x)[takes_part]
+        classes += focal(x[takes_part], target)
+    losses = losses_of(model, inputs)
+    torch.testing.assert_close(losses["loss_box_reg"], boxes / rows.num_foreground, **TOLERANCE)
+    torch.testing.assert_close(losses["loss_cls"], classes / rows.num_foreground, **TOLERANCE)
+
+
+def focal(x, target):
+    """Return the focal loss of gamma 2 and alpha 1/4 (1708.02002, Eq. 5), summed."""
+    p = torch.where(target == 1, x.sigmoid(), 1 - x.sigmoid())
+    alpha = torch.where(target == 1, 0.25, 0.75)
+    return -(alpha * (1 - p) ** 2 * p.log()).sum()
+
+
+def test_libra_r_cnn_published_starts_its_pyramid_by_xavier_s_rule():
+    model = build("Base-shapes-RCNN", "libra_published")
+    for layer in (getattr(model.backbone.refine, name) for name in ("theta", "phi", "g", "out")):
+        assert 0.21 < layer.weight.abs().max() <= (6 / 128) ** 0.5 and not layer.bias.any()
+    assert model.roi_heads.box_predictor.criterion.box_losses[0].beta == 1
