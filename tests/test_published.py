@@ -15,6 +15,7 @@ from models import batch
 from test_configs import FOLDER
 from torch.nn import functional as F
 
+import balanced_det.build
 from balanced_det.build import build_model
 from balanced_det.config import load_config
 from balanced_det.errors import InputError
@@ -319,3 +320,25 @@ def test_libra_r_cnn_published_starts_its_pyramid_by_xavier_s_rule():
     for layer in (getattr(model.backbone.refine, name) for name in ("theta", "phi", "g", "out")):
         assert 0.21 < layer.weight.abs().max() <= (6 / 128) ** 0.5 and not layer.bias.any()
     assert model.roi_heads.box_predictor.criterion.box_losses[0].beta == 1
+
+
+def test_softmax_eql_published_drops_classes_at_the_threshold(monkeypatch):
+    # 3 of 10 images hold classes 1 and 2: at a threshold of 0.3 they are tail in the reference.
+    frequency = [0.9, 0.3, 0.3, 0.2] + [0.5] * 16
+    monkeypatch.setattr(balanced_det.build, "counted_statistic", lambda cfg, name: frequency)
+    model = build(
+        "Base-shapes-RCNN",
+        "softmax_eql_published",
+        BALANCE__SoftmaxEqualizationLoss__TAIL_THRESHOLD=0.3,
+        BALANCE__SoftmaxEqualizationLoss__DROP_PROBABILITY=1.0,
+    )
+    loss = model.roi_heads.box_predictor.criterion.classification_loss
+    logits = torch.randn(6, 21, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 3, 10, 20])
+    expected = 0.0
+    for x, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        # The reference's weight is 1 for a count above lambda, and for a row's own class.
+        kept = [k for k in range(21) if k == 20 or frequency[k] > 0.3 or k == label]
+        assert len(kept) == 21 - 3 + (label in (1, 2, 3))
+        expected += math.log(sum(math.exp(x[k]) for k in kept)) - x[label]
+    torch.testing.assert_close(loss(logits, labels, 1), torch.tensor(expected), **TOLERANCE)
