@@ -58,7 +58,7 @@ def test_a_fragment_is_refused_for_a_detector_that_it_does_not_fit(base, fragmen
 
 
 # Fragments of defaults, of Detectron2's own keys or of a backbone: no key of ours to be ignored.
-OF_ALL = {"softmax", "class_agnostic_boxes", "balanced_pyramid", "libra"}
+OF_ALL = {"softmax", "class_agnostic_boxes", "balanced_pyramid", "libra", "libra_published"}
 
 
 @pytest.mark.parametrize("fragment", sorted({*FITTING["rcnn"]} - {*FITTING["fcos"]} - OF_ALL))
