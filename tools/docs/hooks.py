@@ -1,7 +1,7 @@
 """What the pages of ``docs`` get when the site is built.
 
-A page is plain Markdown that reads well on GitHub, too. Comments in it say where the build puts what
-is made from the code, so that no number is typed twice:
+A page is plain Markdown that reads well on GitHub, too. Comments in it say where the build puts
+what is made from the code, so that no number is typed twice:
 
 - ``<!-- figure: NAME: caption -->`` a figure of :mod:`figures`;
 - ``<!-- keys: EqualizationLoss BALANCE.DENSE.PRIOR_PROB -->`` a table of config keys with their
@@ -61,7 +61,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def mathml(formulas: str) -> str:
-    """Return the MathML of formulas in LaTeX; between them, at each ``\\quad``, a line may break."""
+    """Return the MathML of formulas in LaTeX; a line may break at each ``\\quad`` between them."""
     parts = re.split(r"\s*\\quad\s*", " ".join(formulas.split()))
     return f'<div class="formula">{"".join(map(_mathml, parts))}</div>\n'
 
