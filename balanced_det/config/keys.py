@@ -236,6 +236,11 @@ def _part_keys(part: Part):
         # Count the optimal prior p* = N_f / (N C) over the training set, and start with that
         # instead of PRIOR_PROB (arXiv 1909.04868, section 3.2).
         keys["OPTIMAL_PRIOR"] = False
+    if part.has_levels:
+        # What divides the sums of losses over rows: "average", a moving average of the foreground
+        # rows of a batch, as Detectron2 has it, or "batch", their number in the batch itself, as
+        # most published codes do.
+        keys["NORMALIZER"] = "average"
     if part.has_quota:
         # How many rows of an image a sampler takes that does not take all, and the largest share
         # of foreground rows among them; RPN and region heads have Detectron2's own keys for it.
