@@ -288,6 +288,7 @@ def _build_classification_loss(cfg: CfgNode, part: Part, num_classes: int) -> Cl
     if method.needs and not part.has_classes:
         raise InputError(f"{key}: '{name}' weighs classes by frequency; objectness has none.")
     loss = _build_method(cfg, part, "CLASSIFICATION_LOSS", num_classes=num_classes)
+    _refuse_levels(part, loss)
     if not part.has_classes and loss.num_logits != 1:
         raise InputError(
             f"{key}: '{name}' has {loss.num_logits} logits; RPN predicts one logit an anchor."
@@ -308,6 +309,15 @@ def _build_classification_loss(cfg: CfgNode, part: Part, num_classes: int) -> Cl
     return loss
 
 
+def _refuse_levels(part: Part, loss: BoxLoss) -> None:
+    if loss.per_level and not part.has_levels:
+        name = type(loss).__name__
+        raise InputError(
+            f"BALANCE.{name}.PER_LEVEL: the losses of {part.name} are not told the pyramid level "
+            f"of a row, those of DENSE are; give DENSE its own, BALANCE.DENSE.{name}.PER_LEVEL."
+        )
+
+
 def _build_box_losses(cfg: CfgNode, part: Part) -> tuple[list[BoxLoss], list[float]]:
     """Return the box losses that a part's slot names, and the weight of each."""
     key, value = f"BALANCE.{part.name}.BOX_LOSS", cfg.BALANCE[part.name].BOX_LOSS
@@ -315,6 +325,8 @@ def _build_box_losses(cfg: CfgNode, part: Part) -> tuple[list[BoxLoss], list[flo
     if len({*names}) < len(names):
         raise InputError(f"{key} is {value!r}; give each loss once, with its weight.")
     losses = [_build_method(cfg, part, "BOX_LOSS", name) for name in names]
+    for loss in losses:
+        _refuse_levels(part, loss)
     return losses, method_weights(value, key)
 
 

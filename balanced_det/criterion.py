@@ -87,6 +87,11 @@ class Criterion(nn.Module):
         return self.classification_loss.num_logits
 
     @property
+    def boxes_have_levels(self) -> bool:
+        """Whether a box loss asks which pyramid level each foreground row is of."""
+        return any(loss.per_level for loss in self.box_losses)
+
+    @property
     def scores_rise_with_logits(self) -> bool:
         """Whether :meth:`scores` orders any two logits as they are, see ``ClassificationLoss``."""
         return self.classification_loss.scores_rise_with_logits and self.calibration is None
@@ -97,6 +102,7 @@ class Criterion(nn.Module):
         labels: Tensor | Sequence[Tensor],
         boxes: dict[str, tuple[Tensor, Tensor]],
         normalizer: float | Tensor,
+        box_levels: Tensor | None = None,
         **options: Any,
     ) -> dict[str, Tensor]:
         """Return ``{"loss_cls": scalar, "loss_box_reg": scalar}``.
@@ -106,12 +112,14 @@ class Criterion(nn.Module):
                 or a list of them, one a pyramid level.
             boxes: what :meth:`box_pairs` makes of the foreground rows.
             normalizer: what all sums are divided by, a number or a 0-dim tensor.
+            box_levels: (L, F) bool, which foreground rows are of each pyramid level; needed where
+                :attr:`boxes_have_levels`.
             options: passed on to the classification loss.
         """
         loss_cls = self.classification_loss(logits, labels, normalizer, **options)
         loss_cls = loss_cls * self.classification_weight
         losses_box = [
-            loss(*boxes[space], normalizer) * weight
+            loss(*boxes[space], normalizer, box_levels) * weight
             for loss, space, weight in zip(
                 self.box_losses, self._spaces, self.box_weights, strict=True
             )

@@ -2,6 +2,11 @@
 
 The levels of an FPN are brought to one size, averaged, refined, brought back and added
 to each level. No level of resolution then weighs more than another in what is shared.
+
+A new pyramid's refinement is the identity here, as section 3.3 of the non-local networks (arXiv
+1711.07971) has it. Libra R-CNN's code first does the same and then draws the weights of all layers
+by Xavier's rule (Glorot and Bengio, 2010), with biases of zero, so that its training starts from a
+random mixture of positions that is added to every level: ``initialization="xavier"``.
 """
 
 import torch.nn.functional as F
@@ -18,17 +23,23 @@ class BalancedFeaturePyramid(Backbone):
 
     Output names, channels and strides are those of the backbone. As in the paper's code, larger
     levels are reduced by adaptive max pooling and smaller ones enlarged by nearest neighbours, and
-    every level L becomes ``L + resized(refined(average))``. A new pyramid's refinement is the
-    identity, since its last layer starts at zero: it adds the plain average at first.
+    every level L becomes ``L + resized(refined(average))``.
 
     Args:
         backbone: a Detectron2 ``Backbone``; all of its levels have the same number of channels.
         refine_level: index of the level whose size the average has, 0 being the finest.
         refine_type: "non_local" (:class:`NonLocal`), "conv" (:class:`ResidualConv`) or "none".
+        initialization: "identity": the last layer of the refinement starts at zero, so that the
+            plain average is added at first; or "xavier": all of its layers as the published code
+            has them.
     """
 
     def __init__(
-        self, backbone: Backbone, refine_level: int = 2, refine_type: str | None = "non_local"
+        self,
+        backbone: Backbone,
+        refine_level: int = 2,
+        refine_type: str | None = "non_local",
+        initialization: str = "identity",
     ):
         super().__init__()
         shapes = backbone.output_shape()
@@ -48,9 +59,16 @@ class BalancedFeaturePyramid(Backbone):
                 f"BALANCE.PYRAMID.REFINE_TYPE is '{refine_type}'; known are: "
                 f"{', '.join(sorted(_REFINEMENTS))}."
             )
+        if initialization not in _INITIALIZATIONS:
+            raise InputError(
+                f"BALANCE.PYRAMID.INITIALIZATION is '{initialization}'; known are: "
+                f"{', '.join(_INITIALIZATIONS)}."
+            )
         self.backbone = backbone
         self.refine_name = sorted(shapes, key=lambda name: shapes[name].stride)[refine_level]
         self.refine = _REFINEMENTS[refine_type](channels[self.refine_name])
+        if initialization == "xavier":
+            self.refine.apply(_start_by_xavier)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map an image batch (N, 3, H, W) to {level name: (N, C, Hi, Wi)}, as the backbone does."""
@@ -125,6 +143,7 @@ class ResidualConv(nn.Module):
         return x + self.conv(x)
 
 
+_INITIALIZATIONS = ("identity", "xavier")
 _REFINEMENTS = {
     "non_local": NonLocal,
     "conv": ResidualConv,
@@ -138,7 +157,7 @@ def build_balanced_pyramid_backbone(
 ) -> BalancedFeaturePyramid:
     """Build the backbone that ``BALANCE.PYRAMID.BACKBONE`` names, with a balanced pyramid around.
 
-    ``BALANCE.PYRAMID.REFINE_LEVEL`` and ``REFINE_TYPE`` are the arguments of
+    ``BALANCE.PYRAMID.REFINE_LEVEL``, ``REFINE_TYPE`` and ``INITIALIZATION`` are the arguments of
     :class:`BalancedFeaturePyramid`.
     """
     name = cfg.BALANCE.PYRAMID.BACKBONE
@@ -148,6 +167,7 @@ def build_balanced_pyramid_backbone(
         BACKBONE_REGISTRY.get(name)(cfg, input_shape),
         cfg.BALANCE.PYRAMID.REFINE_LEVEL,
         cfg.BALANCE.PYRAMID.REFINE_TYPE,
+        cfg.BALANCE.PYRAMID.INITIALIZATION,
     )
 
 
@@ -169,3 +189,10 @@ def _positions(x: Tensor) -> Tensor:
 def _start_at_zero(layer: nn.Conv2d) -> None:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+
+
+def _start_by_xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

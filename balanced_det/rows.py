@@ -5,6 +5,7 @@ Detectron2 labels all of them alike, and so do all methods here: ``0 ... K-1`` a
 ``K`` background, ``-1`` ignored.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,21 @@ def level_rows(prediction: Tensor, channels: int) -> Tensor:
     """
     n, _, h, w = prediction.shape
     return prediction.view(n, -1, channels, h, w).permute(0, 3, 4, 1, 2)
+
+
+def rows_of_levels(row: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Say which of some rows are of each pyramid level.
+
+    Args:
+        row: (F,) long, places among the rows of all levels, fine to coarse.
+        sizes: how many rows each of the L levels has.
+
+    Returns:
+        (L, F) bool.
+    """
+    ends = on_device(list(itertools.accumulate(sizes)), row)  # (L,)
+    level = torch.bucketize(row, ends, right=True)  # (F,)
+    return level == torch.arange(len(sizes), device=row.device).unsqueeze(1)
 
 
 def split_levels(labels: Tensor, levels: Sequence[Tensor]) -> list[Tensor]:

@@ -4,6 +4,11 @@ A counted threshold is a share of the rows that are foreground: N_f / N for ever
 official code has it, or theta_j = (N_f / N) (n_j / sum_k n_k), as the paper has it. Dense detectors
 count their rows before the training, region heads while they train; both keep what they counted in
 buffers, so that evaluation needs no training set.
+
+The official code has it for RetinaNet alone, without a floor and (K + 1) / K times as large: it
+makes N_f / N of the prior N_f / (N K), and takes background for a class then. Its region head has
+the fixed threshold 0.0001, and its RetinaNet an NMS of 0.55. The fragments
+``sampling_free_published`` are that.
 """
 
 from collections.abc import Sequence
@@ -109,7 +114,15 @@ class ForegroundThreshold(CountedThreshold):
 
     Args:
         fixed, num_classes, floor: as in :class:`CountedThreshold`.
+        counts_background: (K + 1) / K times as much, as the official code has it.
     """
+
+    def __init__(
+        self, fixed: float, num_classes: int, floor: float = 0.001, counts_background: bool = False
+    ):
+        super().__init__(fixed, num_classes, floor)
+        if counts_background:
+            self.class_share.fill_((num_classes + 1) / num_classes)
 
 
 @SCORE_THRESHOLDS.register

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..build import build_criterion, build_score_threshold, build_selection, initial_prior
 from ..criterion import BoxTransform, Criterion
-from ..rows import level_rows, split_levels
-from ..selection import PerForegroundOnAverage, Rows, Selection
+from ..errors import InputError
+from ..rows import level_rows, rows_of_levels, split_levels
+from ..selection import PerForegroundOnAverage, PerForegroundRow, Rows, Selection
 from ..thresholds import ScoreThreshold
 from .encoding import WaitlessTransform
 from .inference import dense_detections, traced_dense_detections
@@ -129,10 +130,17 @@ class BalancedDenseDetector(CountedScoreThreshold):
             split_levels(rows.labels, levels),
             boxes,
             normalizer,
+            box_levels=self._levels_of(anchor, anchors),
             # Nobody reads the logits after their loss: the gradient may take their place.
             overwrite_logits=True,
         )
         return losses, (image, anchor, sources, targets), normalizer
+
+    def _levels_of(self, anchor: Tensor, anchors: Sequence[Boxes]) -> Tensor | None:
+        """Return which foreground rows are of each level, (L, F), where a box loss asks for it."""
+        if not self.criterion.boxes_have_levels:
+            return None
+        return rows_of_levels(anchor, [len(level) for level in anchors])
 
     def _detections(
         self,
@@ -178,10 +186,18 @@ def balance_arguments(
         fixed_threshold: Detectron2's own score threshold.
         initial_normalizer: foreground rows of a batch while none was seen, as Detectron2 has it.
     """
-    average = PerForegroundOnAverage(initial_normalizer)
+    normalizers = {
+        "average": PerForegroundOnAverage(initial_normalizer),
+        "batch": PerForegroundRow(),
+    }
+    name = cfg.BALANCE.DENSE.NORMALIZER
+    if name not in normalizers:
+        raise InputError(
+            f"BALANCE.DENSE.NORMALIZER is {name!r}; known are: {', '.join(normalizers)}."
+        )
     return {
         "criterion": build_criterion(cfg, "DENSE", num_classes),
-        "selection": build_selection(cfg, "DENSE", always=average),
+        "selection": build_selection(cfg, "DENSE", always=normalizers[name]),
         "score_threshold": build_score_threshold(cfg, "DENSE", num_classes, fixed_threshold),
         "prior_prob": initial_prior(cfg, "DENSE"),
     }

@@ -96,6 +96,8 @@ class ClassificationLoss(nn.Module):
         num_classes: K, the number of object classes.
         num_logits: C, channels of a row; any number, the detector sizes its last layer by it.
         class_weight: (K,), or None, see :meth:`weigh_classes`.
+        per_level: each pyramid level is a batch of its own, so that the loss of a list of levels is
+            another than that of all rows as one; False unless a subclass sets it.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -106,6 +108,7 @@ class ClassificationLoss(nn.Module):
     scores_rise_with_logits: ClassVar[bool] = False
     scores_are_a_distribution: ClassVar[bool] = False
     neutral: ClassVar[dict | None] = None
+    per_level = False
     example: ClassVar[dict] = {}
 
     def __init__(self, num_classes: int, num_logits: int):
@@ -253,19 +256,32 @@ class BoxLoss(nn.Module):
         divides_by_own_count, sums_over_workers: as in :class:`ClassificationLoss`.
         space: what a row of four numbers is: ``"deltas"``, the regression targets as the detector
             encodes them, or ``"boxes"``, corners (x1, y1, x2, y2) in pixels.
+
+    Attributes:
+        per_level: the loss wants to know which pyramid level each row is of, see
+            :meth:`level_sum`; False unless a subclass sets it.
     """
 
     space: ClassVar[str] = "deltas"
     divides_by_own_count: ClassVar[bool] = False
     sums_over_workers: ClassVar[bool] = False
+    per_level = False
 
-    def forward(self, pred: Tensor, target: Tensor, normalizer: float | Tensor = 1.0) -> Tensor:
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        normalizer: float | Tensor = 1.0,
+        levels: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss summed over all rows, divided by ``normalizer``.
 
         Args:
             pred: (N, 4), any floating dtype; arithmetic is in float32 at least.
             target: (N, 4).
             normalizer: a number or a 0-dim tensor; 0 counts as 1.
+            levels: (L, N) bool, which rows are of each of L pyramid levels, fine to coarse; None
+                where there are none, or nobody asks (:attr:`per_level`).
 
         Returns:
             A 0-dim tensor; for N = 0, a zero that backpropagates.
@@ -278,9 +294,17 @@ class BoxLoss(nn.Module):
                 f"{type(self).__name__} needs two (N, 4) tensors, not {tuple(pred.shape)} "
                 f"and {tuple(target.shape)}."
             )
-        total = self.loss_sum(upcast(pred), upcast(target))
+        pred, target = upcast(pred), upcast(target)
+        if levels is None or not self.per_level:
+            total = self.loss_sum(pred, target)
+        else:
+            total = self.level_sum(pred, target, levels)
         return total if self.divides_by_own_count else normalize(total, normalizer)
 
     def loss_sum(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the loss summed over the rows of two (N, 4) tensors."""
+        raise NotImplementedError
+
+    def level_sum(self, pred: Tensor, target: Tensor, levels: Tensor) -> Tensor:
+        """Return the same where the level of each row matters; ``levels`` is (L, N) bool."""
         raise NotImplementedError

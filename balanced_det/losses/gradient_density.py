@@ -50,7 +50,7 @@ class GradientDensity(nn.Module):
 
     Attributes:
         counts: (B,) buffer, elements in each bin of the latest batch that had foreground, over all
-            workers.
+            workers; of its coarsest level where levels are counted one by one.
         running: (2, B) buffer, S_b and 1 - momentum^t_b.
 
     In evaluation mode (``.eval()``) weights are what they would be in training, but nothing is
