@@ -7,9 +7,12 @@ folded it costs one pass over the weights, and nothing where no gradients are ta
 folded weights are kept. Results and gradients are the same to rounding.
 """
 
+from collections.abc import Iterable
+from typing import Self
+
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -23,23 +26,27 @@ class FoldedConv2d(Conv2d):
         conv: the layer whose place this one takes; it shares all of its parameters and buffers.
     """
 
-    def __init__(self, conv):
+    def __init__(self, conv: Conv2d):
         nn.Module.__init__(self)
         self.__dict__.update(conv.__dict__)
-        self._constants = self._sources = self._kept = None
+        # The state of the sources below, and what to multiply and add.
+        self._constants: tuple[list, Tensor, Tensor] | None = None
+        self._sources: tuple[Tensor, ...] = ()
+        # Without gradients: the state of weight and scale, the folded weight, what to add, scale.
+        self._kept: tuple[tuple, Tensor, Tensor, Tensor] | None = None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalize x (N, in_channels, H, W)."""
         weight, shift = self._weight_and_shift(x.device.type)
         x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
         """Set the mode, as any module; weights may have changed in a way that leaves no trace."""
         self._kept = None
         return super().train(mode)
 
-    def _weight_and_shift(self, device_type):
+    def _weight_and_shift(self, device_type: str) -> tuple[Tensor, Tensor]:
         """Return the folded weight (out, in, k, k) and what is added, (out,)."""
         scale, shift = self._scale_and_shift()
         weight = self.weight
@@ -55,9 +62,9 @@ class FoldedConv2d(Conv2d):
                 folded = weight.detach() * scale.view(-1, 1, 1, 1)
                 # With the scale, so that no other tensor takes its place.
                 self._kept = state, folded.to(dtype), shift.to(dtype), scale
-        return self._kept[1:3]
+        return self._kept[1], self._kept[2]
 
-    def _scale_and_shift(self):
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Return what the normalization multiplies and adds, (out_channels,) each."""
         norm = self.norm
         sources = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
@@ -69,10 +76,10 @@ class FoldedConv2d(Conv2d):
             with torch.inference_mode(False):  # what is made now may be trained with later
                 scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
                 self._constants = state, scale, norm.bias - norm.running_mean * scale
-        return self._constants[1:]
+        return self._constants[1], self._constants[2]
 
 
-def _state(tensors):
+def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
     """What changes when a tensor is written to or exchanged for another."""
     return [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
 

@@ -25,6 +25,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from typing import Any
 
 import hotcoco
 import numpy as np
@@ -220,7 +221,8 @@ class Matcher:
         categories = [{"id": c + 1, "name": str(c)} for c in range(len(truth.categories))]
         self._state = hotcoco.StreamingEval(categories, iou_type, params=params)
         self._given = np.zeros(len(truth.images), dtype=bool)
-        self._waiting, self._num_waiting = [], 0
+        self._waiting: list[Any] = []
+        self._num_waiting = 0
         rows = _objects(truth)  # indices of the objects that count
         self._rows = rows[np.argsort(truth.image[rows], kind="stable")]  # by image
         self._first_row = np.searchsorted(
