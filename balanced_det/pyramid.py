@@ -10,8 +10,10 @@ random mixture of positions that is added to every level: ``initialization="xavi
 """
 
 import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import InputError
 
@@ -33,7 +35,11 @@ class BalancedFeaturePyramid(Backbone):
     """
 
     def __init__(
-        self, backbone, refine_level=2, refine_type="non_local", initialization="identity"
+        self,
+        backbone: Backbone,
+        refine_level: int = 2,
+        refine_type: str | None = "non_local",
+        initialization: str = "identity",
     ):
         super().__init__()
         shapes = backbone.output_shape()
@@ -64,7 +70,7 @@ class BalancedFeaturePyramid(Backbone):
         if initialization == "xavier":
             self.refine.apply(_start_by_xavier)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map an image batch (N, 3, H, W) to {level name: (N, C, Hi, Wi)}, as the backbone does."""
         levels = self.backbone(x)
         size = levels[self.refine_name].shape[-2:]
@@ -74,17 +80,17 @@ class BalancedFeaturePyramid(Backbone):
             name: level + _resized(balanced, level.shape[-2:]) for name, level in levels.items()
         }
 
-    def output_shape(self):
+    def output_shape(self) -> dict[str, ShapeSpec]:
         """Return the backbone's own: {level name: ShapeSpec}."""
         return self.backbone.output_shape()
 
     @property
-    def size_divisibility(self):
+    def size_divisibility(self) -> int:
         """The backbone's own."""
         return self.backbone.size_divisibility
 
     @property
-    def padding_constraints(self):
+    def padding_constraints(self) -> dict[str, int]:
         """The backbone's own."""
         return self.backbone.padding_constraints
 
@@ -101,18 +107,18 @@ class NonLocal(nn.Module):
     device and the type.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.theta = nn.Conv2d(channels, channels, 1)
         self.phi = nn.Conv2d(channels, channels, 1)
         self.g = nn.Conv2d(channels, channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
+        for layer in (self.theta, self.phi, self.g, self.out):
+            _start_at_zero(layer)
         for layer in (self.theta, self.phi, self.g):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-        _start_at_zero(self.out)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
         found = F.scaled_dot_product_attention(
             _positions(self.theta(x)), _positions(self.phi(x)), _positions(self.g(x)), scale=1.0
@@ -127,12 +133,12 @@ class ResidualConv(nn.Module):
     the non-local block does.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         _start_at_zero(self.conv)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
         return x + self.conv(x)
 
@@ -146,7 +152,9 @@ _REFINEMENTS = {
 
 
 @BACKBONE_REGISTRY.register()
-def build_balanced_pyramid_backbone(cfg, input_shape):
+def build_balanced_pyramid_backbone(
+    cfg: CfgNode, input_shape: ShapeSpec | None
+) -> BalancedFeaturePyramid:
     """Build the backbone that ``BALANCE.PYRAMID.BACKBONE`` names, with a balanced pyramid around.
 
     ``BALANCE.PYRAMID.REFINE_LEVEL``, ``REFINE_TYPE`` and ``INITIALIZATION`` are the arguments of
@@ -163,7 +171,7 @@ def build_balanced_pyramid_backbone(cfg, input_shape):
     )
 
 
-def _resized(x, size):
+def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     """(N, C, H, W) -> (N, C, *size)."""
     height, width = x.shape[-2:]
     if (height, width) == tuple(size):
@@ -173,17 +181,17 @@ def _resized(x, size):
     return F.interpolate(x, size=size, mode="nearest")
 
 
-def _positions(x):
+def _positions(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, 1 head, HW, C), contiguous, without which there is no fused kernel."""
     return x.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
 
 
-def _start_at_zero(layer):
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+def _start_at_zero(layer: nn.Conv2d) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
-def _start_by_xavier(module):
+def _start_by_xavier(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

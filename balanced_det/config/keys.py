@@ -199,7 +199,8 @@ def _slot_defaults(part: Part):
         "SAMPLER": part.sampler,
     }
     if part.has_classes:
-        # RPN ranks its boxes, and drops none by score.
+        # The least score of a detection: Detectron2's own key, or a counted one. RPN ranks its boxes,
+        # and drops none by score.
         slots["SCORE_THRESHOLD"] = "FixedThreshold"
         # How scores are corrected at test time; None leaves them as the loss trains them.
         slots["SCORE_CALIBRATION"] = None
@@ -220,8 +221,9 @@ def _part_keys(part: Part):
         # None is a bias of zero.
         "PRIOR_PROB": part.prior_prob,
         # Scale the classification loss to the size of the box loss at every step (arXiv 1909.04868,
-        # section 3.3), then multiply it by a constant. The official code has 2 for region heads.
+        # section 3.3).
         "GUIDED_LOSS": False,
+        # Multiplies the classification loss after that. The official code has 2 for region heads.
         "GUIDED_FACTOR": 1.0,
     }
     if part.has_classes:
@@ -275,13 +277,17 @@ def _pyramid_keys():
 def _fcos_keys():
     # Detectron2 has FCOS, but no keys for it; the values are those of its constructor.
     return {
+        # Object classes, or "auto".
         "NUM_CLASSES": 80,
+        # The levels of the pyramid that have points.
         "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
         # Convolutions of each tower, and their normalization ("" for none).
         "NUM_CONVS": 4,
         "NORM": "",
         # In strides: how close to the center of a box a point must lie to be foreground.
         "CENTER_SAMPLING_RADIUS": 1.5,
+        # At inference: the least score, how many candidates a level has, and the overlap from which
+        # on the lower of two boxes is suppressed.
         "SCORE_THRESH_TEST": 0.2,
         "TOPK_CANDIDATES_TEST": 1000,
         "NMS_THRESH_TEST": 0.6,

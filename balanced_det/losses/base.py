@@ -10,7 +10,7 @@ R rows, K object classes, C channels (logits) a row; ``(*)`` any leading dimensi
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -24,12 +24,12 @@ CLASSIFICATION_LOSSES = Registry("classification loss")
 BOX_LOSSES = Registry("box loss")
 
 
-def upcast(tensor):
+def upcast(tensor: Tensor) -> Tensor:
     """Return ``tensor`` as float32, or as it is where it is float64 already."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def add(terms):
+def add(terms: Iterable[Tensor]) -> Tensor:
     """Return the sum of at least one tensor; Python's ``sum`` would add the first to 0 first."""
     return functools.reduce(operator.add, terms)
 
@@ -39,7 +39,7 @@ def row_labels(levels: list[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.cat([y.flatten() for _, y in levels])
 
 
-def reciprocal(normalizer):
+def reciprocal(normalizer: float | Tensor) -> float | Tensor:
     """Return 1 / normalizer for a number or a 0-dim tensor, which is not read on the host.
 
     0 counts as 1: it comes with a sum of 0, and an empty batch must give 0, not nan.
@@ -47,7 +47,7 @@ def reciprocal(normalizer):
     return 1.0 / (normalizer + (normalizer == 0))
 
 
-def normalize(total, normalizer):
+def normalize(total: Tensor, normalizer: float | Tensor) -> Tensor:
     """Return ``total / normalizer`` in the dtype of ``total``; see :func:`reciprocal`."""
     return (total * reciprocal(normalizer)).to(total.dtype)
 
@@ -117,7 +117,7 @@ class ClassificationLoss(nn.Module):
             raise InputError(f"{type(self).__name__} needs at least one class, not {num_classes}.")
         self.num_classes = num_classes
         self.num_logits = num_logits
-        self.class_weights = None
+        self.class_weights: ClassWeights | None = None
 
     def weigh_classes(self, class_weight: Tensor | Sequence[float] | None) -> "ClassificationLoss":
         """Let a row of class j count ``class_weight[j]`` times; return the loss itself.
@@ -218,9 +218,11 @@ class ClassificationLoss(nn.Module):
         """
         raise NotImplementedError
 
-    def _levels(self, logits, labels):
-        if isinstance(logits, Tensor):
-            logits, labels = [logits], [labels]
+    def _levels(
+        self, logits: Tensor | Sequence[Tensor], labels: Tensor | Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        logits = [logits] if isinstance(logits, Tensor) else logits
+        labels = [labels] if isinstance(labels, Tensor) else labels
         if not logits or len(logits) != len(labels):
             raise InputError(
                 f"{type(self).__name__} got {len(logits)} levels of logits "
@@ -235,7 +237,7 @@ class ClassificationLoss(nn.Module):
             self._check_labels(y)
         return list(zip(logits, labels))
 
-    def _check_labels(self, labels):
+    def _check_labels(self, labels: Tensor) -> None:
         if labels.device.type != "cpu" or labels.numel() == 0:
             return
         least, largest = (int(label) for label in labels.aminmax())

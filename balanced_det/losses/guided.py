@@ -11,12 +11,13 @@ keeps its own, with r = 1.
 """
 
 import torch
+from torch import Tensor
 
 from ..distributed import sum_over_workers
 
 
 @torch.no_grad()
-def guided_scale(loss_cls, loss_box):
+def guided_scale(loss_cls: Tensor, loss_box: Tensor) -> Tensor:
     """Return r, the factor that gives the classification loss the size of the box loss.
 
     Args:

@@ -1,6 +1,6 @@
 """The family of losses over independent sigmoids: K of them, or K + 1 with background."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class SigmoidLoss(ClassificationLoss):
         """
         options = dict(self.pass_options(levels))
         if self.class_weight is not None:
-            self._add_class_weight(options)
+            self._add_class_weight(options, self.class_weight)
         return [options] * len(levels)
 
     def after_pass(self, gradient_sums: Tensor, scale: float | Tensor) -> None:
@@ -64,24 +64,25 @@ class SigmoidLoss(ClassificationLoss):
             "overwrite_logits": overwrite_logits,
             "scale": self._float16_scale() if is_float16 else scale,
         }
-        results = [
+        # A loss a level, or a loss and its gradient sums.
+        results: list[Any] = [
             sigmoid_loss(x, y, **of_level, **common)
             for (x, y), of_level in zip(levels, options, strict=True)
         ]
         if options[0].get("gradient_sums", False):
-            results, sums = zip(*results)
+            results, sums = map(list, zip(*results))
             if self.training:
                 self.after_pass(add(sums), scale)
         total = add(results)
         return (total * (scale / common["scale"])).to(total.dtype) if is_float16 else total
 
-    def _add_class_weight(self, options):
+    def _add_class_weight(self, options: dict[str, Any], class_weight: Tensor) -> None:
         # Channels beyond the classes, such as one of background, keep weight 1.
-        weight = F.pad(self.class_weight, (0, self.num_logits - self.num_classes), value=1.0)
+        weight = F.pad(class_weight, (0, self.num_logits - self.num_classes), value=1.0)
         given = options.get("positive_weight")
         options["positive_weight"] = weight if given is None else weight * given
 
-    def _float16_scale(self):
+    def _float16_scale(self) -> float | Tensor:
         if self.class_weight is None:
             return _FLOAT16_SCALE
         # A weight may be as large as K, and the gradient has to stay below 65,504.

@@ -31,10 +31,10 @@ class SoftmaxEqualizationLoss(SoftmaxLoss):
     Args:
         num_classes: K; the loss has K + 1 logits.
         class_frequency: as in :class:`~balanced_det.losses.EqualizationLoss`.
-        tail_threshold: as there.
+        tail_threshold: classes with a smaller frequency are the tail.
         drop_probability: P(beta = 1), the chance to drop a tail class from a row's softmax, which
             keeps the row from suppressing it (gamma in the paper); 0 is cross entropy.
-        tail_share: as there.
+        tail_share: replaces ``tail_threshold``: the rarest round(tail_share K) classes are tail.
         tail_includes_threshold: a class whose frequency is the threshold is tail, as in the
             reference.
 

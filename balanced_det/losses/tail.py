@@ -42,6 +42,9 @@ class TailClasses(ClassStatistic):
 
     name = "class_frequency"
     meaning = "the fraction of training images that hold each class"
+    class_frequency: Tensor
+    _mask: Tensor
+    _negative_weight: Tensor
 
     def __init__(
         self,
@@ -115,7 +118,7 @@ class TailClasses(ClassStatistic):
         present = self.class_frequency > 0
         return int((self._mask & present).sum()), int(present.sum())
 
-    def _warn_unless_useful(self):
+    def _warn_unless_useful(self) -> None:
         num_tail, num_present = self.counts()
         if not tail_is_useful(num_tail, num_present):
             frequency = self.class_frequency[self.class_frequency > 0].tolist() or [0.0]

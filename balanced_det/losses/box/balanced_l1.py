@@ -80,7 +80,7 @@ def balanced_l1_loss(
     raise InputError(f"Unknown reduction '{reduction}'; known are: mean, none, sum.")
 
 
-def _check_balanced_l1(alpha, gamma, beta):
+def _check_balanced_l1(alpha: float, gamma: float, beta: float) -> None:
     if not (alpha > 0 and gamma > 0 and beta > 0):
         raise InputError(
             f"Balanced L1 needs alpha, gamma and beta above 0, not {alpha}, {gamma} and {beta}."
