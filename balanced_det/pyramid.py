@@ -194,4 +194,5 @@ def _start_at_zero(layer: nn.Conv2d) -> None:
 def _start_by_xavier(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

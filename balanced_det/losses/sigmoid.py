@@ -60,7 +60,7 @@ class SigmoidLoss(ClassificationLoss):
         """Return ``scale`` times the loss summed over rows and channels."""
         options = self.level_options(levels)
         is_float16 = any(x.dtype == torch.float16 for x, _ in levels)
-        common = {
+        common: dict[str, Any] = {
             "overwrite_logits": overwrite_logits,
             "scale": self._float16_scale() if is_float16 else scale,
         }
