@@ -44,7 +44,7 @@ $(VENV)/docs-ready: $(READY) requirements-docs.txt
 
 docs: $(VENV)/docs-ready
 	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(PY) -W ignore -m mkdocs build --strict --quiet
-	@echo "Written to site/: open site/index.html, or search it under $(PY) -m http.server -d site"
+	@echo "Written to site/: open site/index.html"
 
 bench: $(READY)
 	$(PY) benchmarks/bench_losses.py

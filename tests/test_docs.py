@@ -275,7 +275,9 @@ def anchors(page):
     return {f"{slug}-{n}" if n else slug for slug, last in found.items() for n in range(last + 1)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name_of
+)
 def test_links_of_the_documentation_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", target):

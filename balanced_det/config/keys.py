@@ -199,8 +199,8 @@ def _slot_defaults(part: Part):
         "SAMPLER": part.sampler,
     }
     if part.has_classes:
-        # The least score of a detection: Detectron2's own key, or a counted one. RPN ranks its boxes,
-        # and drops none by score.
+        # The least score of a detection: Detectron2's own key, or a counted one. RPN ranks its
+        # boxes, and drops none by score.
         slots["SCORE_THRESHOLD"] = "FixedThreshold"
         # How scores are corrected at test time; None leaves them as the loss trains them.
         slots["SCORE_CALIBRATION"] = None

@@ -35,7 +35,7 @@ class SigmoidLoss(ClassificationLoss):
         """Return the keyword arguments of ``sigmoid_loss`` that make the method."""
         return {}
 
-    def level_options(self, levels: list[tuple[Tensor, Tensor]]) -> list[dict]:
+    def level_options(self, levels: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
         """Return :meth:`pass_options` for each level, with the class weights where there are any.
 
         A subclass overrides it where levels differ; those here share one dictionary.

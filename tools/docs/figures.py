@@ -93,13 +93,13 @@ def _push_by_class(axes, loss, draws=1):
     # Classes are pushed on a row of class 0, class 0 itself on one of class 1.
     on_object = torch.where(torch.arange(loss.num_logits) == 0, of_object[1], of_object[0])
     on_background = gradient(loss, logits, num_classes, draws)
+    _pushes(axes, on_object[:num_classes], on_background[:num_classes])
+
+
+def _pushes(axes, on_object, on_background):
     width = 0.4
-    axes.bar(
-        CLASSES - width / 2, on_object[:num_classes], width, color=ORANGE, label="another class"
-    )
-    axes.bar(
-        CLASSES + width / 2, on_background[:num_classes], width, color=BLUE, label="background"
-    )
+    axes.bar(CLASSES - width / 2, on_object.numpy(), width, color=ORANGE, label="another class")
+    axes.bar(CLASSES + width / 2, on_background.numpy(), width, color=BLUE, label="background")
     axes.set_ylabel("push down at logit 0")
     axes.legend(title="on a row of", loc="center left", bbox_to_anchor=(1, 0.5))
     _class_axis(axes)
@@ -127,19 +127,15 @@ def drop_loss(axes):
     """Of a batch in which a fifth of the foreground rows are of tail classes, on average."""
     loss = losses.DropLoss(20, _frequency(), tail_threshold=TAIL)
     tail = int(loss.tail.mask().nonzero()[0])
-    others = [0, 0, 0, 0, tail]
-    pushes = {"another class": 0, "background": len(COUNTS)}
-    width, draws = 0.4, 300
-    for offset, (name, label), colour in zip((-1, 1), pushes.items(), (ORANGE, BLUE), strict=True):
-        labels = torch.tensor([*others, label])
-        logits = torch.zeros(draws, len(labels), 20, requires_grad=True)
+    pushes = []
+    for label in (0, len(COUNTS)):
+        labels = torch.tensor([0, 0, 0, 0, tail, label])
+        logits = torch.zeros(300, len(labels), 20, requires_grad=True)  # as many draws
         sum(loss(x, labels, 1) for x in logits).backward()
         push = logits.grad[:, -1].mean(dim=0).abs()
         push[label : label + 1] = float("nan")  # its own class is pulled up
-        axes.bar(CLASSES + offset * width / 2, push, width, color=colour, label=name)
-    axes.set_ylabel("push down at logit 0")
-    axes.legend(title="on a row of", loc="center left", bbox_to_anchor=(1, 0.5))
-    _class_axis(axes)
+        pushes.append(push)
+    _pushes(axes, *pushes)
 
 
 @figure()
@@ -175,13 +171,8 @@ def seesaw(mitigation, compensation):
     odds = torch.linspace(-4, 4, 100)
     factor = [loss.margins(torch.tensor([[0.0, x]]), row, torch.zeros(2)) for x in odds]
     compensation.plot(odds.exp(), torch.cat(factor)[:, 1].exp(), color=ORANGE)
-    compensation.set(
-        xlabel="score of j / of i",
-        title="compensation",
-        xscale="log",
-        yscale="log",
-        ylim=(0.5, None),
-    )
+    compensation.set(xlabel="score of j / of i", title="compensation", xscale="log", yscale="log")
+    compensation.set_ylim(bottom=0.5)
 
 
 @figure()
@@ -389,7 +380,7 @@ def iou_balanced_sampling(axes):
         )
         ious = rows.ious.expand_as(taken[0]).repeat(20, 1)[taken[:, 0]]
         weights = np.full(len(ious), 1 / 20)
-        axes.hist(ious, bins, weights=weights, histtype="stepfilled", alpha=0.5, color=colour,
+        axes.hist(ious.numpy(), bins, weights=weights, alpha=0.5, color=colour,
                   label=name)  # fmt: skip
     axes.set(xlabel="IoU of a background row with its nearest object", ylabel="rows an image")
     axes.legend()
@@ -406,10 +397,19 @@ def ohem(axes):
     row_losses = losses.BinaryCrossEntropyLoss(1).row_losses(hardness, rows.labels)
     rows = _example_rows(losses=row_losses)
     bins = np.logspace(-3, 0.8, 30)
-    axes.hist(row_losses[rows.background], bins, color=GREY, alpha=0.5, label="all background")
+    axes.hist(
+        row_losses[rows.background].numpy(), bins, color=GREY, alpha=0.5, label="all background"
+    )
     for name, colour in (("RandomSampler", BLUE), ("OHEMSampler", ORANGE)):
         taken = SAMPLERS.get(name)()(rows, Quota(256, 0.25)) & rows.background
-        axes.hist(row_losses[taken], bins, histtype="step", linewidth=1.5, color=colour, label=name)
+        axes.hist(
+            row_losses[taken].numpy(),
+            bins,
+            histtype="step",
+            linewidth=1.5,
+            color=colour,
+            label=name,
+        )
     axes.set(xlabel="loss of the row", ylabel="rows", xscale="log")
     axes.legend(loc="upper left", bbox_to_anchor=(0, 1.02))
 
@@ -491,7 +491,7 @@ def balanced_pyramid(axes):
             return levels
 
     pyramid = BalancedFeaturePyramid(OneLevel(), refine_type="none")
-    table = torch.tensor([[x.mean() for x in pyramid(lit).values()] for lit in levels])
+    table = np.array([[float(x.mean()) for x in pyramid(lit).values()] for lit in levels])
     axes.imshow(table, cmap="Blues", vmin=0, vmax=1.6)
     for row, column in np.ndindex(*table.shape):
         value = table[row, column]

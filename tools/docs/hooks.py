@@ -1,7 +1,7 @@
 """What the pages of ``docs`` get when the site is built.
 
-A page is plain Markdown that reads well on GitHub, too. Comments in it say where the build puts what
-is made from the code, so that no number is typed twice:
+A page is plain Markdown that reads well on GitHub, too. Comments in it say where the build puts
+what is made from the code, so that no number is typed twice:
 
 - ``<!-- figure: NAME: caption -->`` a figure of :mod:`figures`;
 - ``<!-- keys: EqualizationLoss BALANCE.DENSE.PRIOR_PROB -->`` a table of config keys with their
@@ -60,8 +60,15 @@ def on_page_markdown(markdown, page, config, files):
     return _outside_code(markdown, lambda text: _LINK.sub(_mended(page.file.src_uri, files), text))
 
 
+def on_post_build(config):
+    """Write the search index as a script, too, which a page that lies in a folder can load."""
+    folder = Path(config.site_dir, "search")
+    index = (folder / "search_index.json").read_text(encoding="utf-8")
+    (folder / "search_index.js").write_text(f"var __index = {index}", encoding="utf-8")
+
+
 def mathml(formulas: str) -> str:
-    """Return the MathML of formulas in LaTeX; between them, at each ``\\quad``, a line may break."""
+    """Return the MathML of formulas in LaTeX; a line may break at each ``\\quad`` between them."""
     parts = re.split(r"\s*\\quad\s*", " ".join(formulas.split()))
     return f'<div class="formula">{"".join(map(_mathml, parts))}</div>\n'
 
