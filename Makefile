@@ -1,6 +1,6 @@
 # make demo   generate a long-tailed data set, train a detector with EQL on it, evaluate it
 # make test   lint and tests
-# make lint   lint alone
+# make lint   lint and types alone
 # make docs   the site of docs/, into site/, from the code and without a network
 # make bench  the benchmarks, sized for this machine
 # Each installs what it needs into .venv first.
@@ -37,6 +37,7 @@ test: lint
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 $(VENV)/docs-ready: $(READY) requirements-docs.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.txt

@@ -192,7 +192,7 @@ def _trust_keys():
 
 
 def _slot_defaults(part: Part):
-    slots = {
+    slots: dict[str, str | None] = {
         "CLASSIFICATION_LOSS": part.classification_loss,
         # One, or several that are added, each with a weight: "SmoothL1Loss + 2.0 * GIoULoss".
         "BOX_LOSS": "SmoothL1Loss",

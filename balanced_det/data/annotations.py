@@ -269,8 +269,8 @@ def box(value) -> list[float] | None:
         value = value.tolist()
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         return None
-    numbers = [number(entry) for entry in value]
-    return None if None in numbers else numbers
+    numbers = [n for entry in value if (n := number(entry)) is not None]
+    return numbers if len(numbers) == 4 else None
 
 
 def shortened(value, length: int = 80) -> str:

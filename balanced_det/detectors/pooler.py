@@ -69,7 +69,7 @@ class BatchedROIPooler(ROIPooler):
             first.aligned,
         )
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> ROIPooler:
         """Return what ``torch.jit.script`` compiles in place of this module."""
         pooler = copy.copy(self)
         pooler.__class__ = ROIPooler

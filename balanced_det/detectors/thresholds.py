@@ -24,7 +24,7 @@ class CountedScoreThreshold:
         return self.least_score()
 
     @test_score_thresh.setter
-    def test_score_thresh(self, value: float):
+    def test_score_thresh(self, value: float) -> None:
         """Set a fixed threshold of a model that is built; refuse it where the threshold is counted.
 
         What Detectron2's constructor sets is what ``score_threshold`` is made of.
