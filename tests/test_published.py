@@ -19,6 +19,7 @@ import balanced_det.build
 from balanced_det.build import build_model
 from balanced_det.config import load_config
 from balanced_det.errors import InputError
+from balanced_det.selection import Quota, Rows
 
 # Both sides compute in float32, but sum in another order.
 NUM_CLASSES = 20  # of the base configs
@@ -320,6 +321,23 @@ def test_libra_r_cnn_published_starts_its_pyramid_by_xavier_s_rule():
     for layer in (getattr(model.backbone.refine, name) for name in ("theta", "phi", "g", "out")):
         assert 0.21 < layer.weight.abs().max() <= (6 / 128) ** 0.5 and not layer.bias.any()
     assert model.roi_heads.box_predictor.criterion.box_losses[0].beta == 1
+
+
+def test_libra_r_cnn_published_takes_background_from_ranges_that_reach_to_one():
+    sampler = build("shapes/faster_rcnn", "libra_published").roi_heads.selection.sampler
+    # An object itself, of IoU 1, and 200 rows of background each of IoU 0, 0.2 and 0.4.
+    labels = torch.tensor([[3] + [NUM_CLASSES] * 600])
+    ious = torch.tensor([[1.0] + [0.0] * 200 + [0.2] * 200 + [0.4] * 200])
+    rows = Rows(labels, NUM_CLASSES, ious, torch.zeros_like(labels))
+    taken, repeats = torch.zeros(601), 100
+    for _ in range(repeats):
+        taken += sampler(rows, Quota(91, 0.25))[0]
+    none, low, high = (taken[ious[0] == iou].sum().item() / repeats for iou in (0.0, 0.2, 0.4))
+    # Of 90 rows 30 from [0, 1/3), 30 from [1/3, 2/3), none from the last third, where only the
+    # object is; the other 30 at random from the 340 left, 15 of either range, with a standard
+    # deviation of 2.6 a draw: five of them for the mean of 100 draws are 1.3.
+    assert none == 0 and low + high == 90 and low == pytest.approx(45, abs=1.3)
+    assert taken[0] == repeats
 
 
 def test_softmax_eql_published_drops_classes_at_the_threshold(monkeypatch):

@@ -119,6 +119,8 @@ SETTINGS = {
         {"floor_threshold": 0.3},
         {"floor_threshold": 0.9, "floor_fraction": 1.0},
         {"floor_fraction": 0.4},
+        {"as_published": True, "instance_balanced": True},
+        {"as_published": True, "floor_threshold": 0.0},
     ],
 }
 CONFIGURED = [
