@@ -117,7 +117,9 @@ class ForegroundThreshold(CountedThreshold):
         counts_background: (K + 1) / K times as much, as the official code has it.
     """
 
-    def __init__(self, fixed, num_classes, floor=0.001, counts_background=False):
+    def __init__(
+        self, fixed: float, num_classes: int, floor: float = 0.001, counts_background: bool = False
+    ):
         super().__init__(fixed, num_classes, floor)
         if counts_background:
             self.class_share.fill_((num_classes + 1) / num_classes)

@@ -24,11 +24,8 @@ or torch.
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-<<<<<<< HEAD
 from operator import itemgetter
-=======
 from typing import Any
->>>>>>> kit
 
 import hotcoco
 import numpy as np
@@ -224,8 +221,8 @@ class Matcher:
         categories = [{"id": c + 1, "name": str(c)} for c in range(len(truth.categories))]
         self._state = hotcoco.StreamingEval(categories, iou_type, params=params)
         self._given = np.zeros(len(truth.images), dtype=bool)
-<<<<<<< HEAD
-        self._waiting, self._num_waiting = [], 0
+        self._waiting: list[Any] = []
+        self._num_waiting = 0
         rows = _objects(truth)  # indices of the objects that count
         self._rows = rows[np.argsort(truth.image[rows], kind="stable")]  # by image
         self._first_row = np.searchsorted(
@@ -237,12 +234,6 @@ class Matcher:
         self._looked_for = np.union1d(present, _listed_pairs(truth, "neg_category_ids"))
         # COCO: for every class.
         self._all_looked_for = np.array([i.neg_category_ids is None for i in truth.images])
-=======
-        self._waiting: list[Any] = []
-        self._rows = _objects(truth)  # indices of the objects that count
-        self._objects_of = _grouped(truth.image[self._rows], len(truth.images))
-        self._class_index = {category.id: c for c, category in enumerate(truth.categories)}
->>>>>>> kit
 
     def update(
         self,
@@ -413,11 +404,7 @@ class Matcher:
             masks += block_masks or []
         rows = np.concatenate([rows for _, rows, _ in self._waiting])
         shapes = {"segmentation": masks} if self._iou_type == "segm" else {}
-<<<<<<< HEAD
         self._waiting, self._num_waiting = [], 0
-=======
-        self._waiting: list[Any] = []
->>>>>>> kit
         return images, objects, rows, shapes
 
     def _region_entries(self, images, rows):

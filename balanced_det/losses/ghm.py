@@ -66,7 +66,7 @@ class GHMClassificationLoss(SigmoidLoss):
             for of_level, weights in zip(options, self._bin_weights(levels), strict=True)
         ]
 
-    def _bin_weights(self, levels):
+    def _bin_weights(self, levels: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Return the (B,) weights of the bins for each level."""
         counts = [gradient_histogram(x, y, self.gradient_density.bins) for x, y in levels]
         # Of the batch, not of a level: the coarse levels seldom have any.

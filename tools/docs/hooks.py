@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "configs/README.md": "configs.md",
     "README.md": "index.md",  # never a page of its own: links to it lead to the start
     "datasets/README.md": "data.md",
 }
@@ -36,6 +37,8 @@ _KEYS = re.compile(r"<!-- keys: (.*?) -->", re.DOTALL)
 _MODULES = re.compile(r"<!-- modules: (.*?) -->", re.DOTALL)
 _MATH = re.compile(r"^```math\n(.*?)\n```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+# A link that is defined once, "[results]: ../docs/results.md".
+_DEFINED = re.compile(r"^\[(.+?)\]: (\S+)$", re.MULTILINE)
 
 
 def on_files(files, config):
@@ -57,7 +60,13 @@ def on_page_markdown(markdown, page, config, files):
     markdown = _KEYS.sub(lambda found: keys.table(found[1].split()), markdown)
     markdown = _MODULES.sub(lambda found: _reference(found[1].split()), markdown)
     markdown = _MATH.sub(lambda found: mathml(found[1]), markdown)
-    return _outside_code(markdown, lambda text: _LINK.sub(_mended(page.file.src_uri, files), text))
+    mend = _mended(page.file.src_uri, files)
+
+    def mend_all(text):
+        text = _DEFINED.sub(lambda found: f"[{found[1]}]: {mend(found[2])}", text)
+        return _LINK.sub(lambda found: _link(found[1], mend(found[2])), text)
+
+    return _outside_code(markdown, mend_all)
 
 
 def on_post_build(config):
@@ -111,24 +120,29 @@ def _outside_code(markdown, change):
 
 
 def _mended(page, files):
-    """Return what replaces a link of ``page``."""
+    """Return a function that maps a link's target in ``page`` to one in the site.
+
+    A file that is not part of the site becomes its path in backticks.
+    """
     origin = next((path for path, name in ELSEWHERE.items() if name == page), f"docs/{page}")
     if page == "index.md":
         origin = "docs/index.md"
 
-    def mend(found):
-        text, target = found.groups()
+    def mend(target):
         if re.match(r"[a-z]+:|#", target):
-            return found[0]
+            return target
         path, hash_, anchor = target.partition("#")
         path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), path))
         name = ELSEWHERE.get(path) or path.removeprefix("docs/")
         if name in files.src_uris and (path in ELSEWHERE or path.startswith("docs/")):
-            relative = posixpath.relpath(name, posixpath.dirname(page) or ".")
-            return f"[{text}]({relative}{hash_}{anchor})"
-        if not (ROOT / path).exists():
-            return found[0]  # left for MkDocs to complain about
-        bare = text.strip("`")
-        return f"`{path}`" if bare in path else f"{text} (`{path}`)"
+            return posixpath.relpath(name, posixpath.dirname(page) or ".") + hash_ + anchor
+        # What does not exist is left for MkDocs to complain about.
+        return f"`{path}`" if (ROOT / path).exists() else target
 
     return mend
+
+
+def _link(text, target):
+    if not target.startswith("`"):
+        return f"[{text}]({target})"
+    return target if text.strip("`") in target else f"{text} ({target})"

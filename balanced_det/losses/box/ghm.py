@@ -58,7 +58,7 @@ class GHMRegressionLoss(BoxLoss):
             for level in levels.unsqueeze(-1).expand(-1, -1, 4)  # (N, 4)
         )
 
-    def _curve(self, pred, target):
+    def _curve(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return ASL1 and the gradient length of each number, (N, 4) both."""
         error = pred - target  # (N, 4)
         root = (error**2 + self.mu**2).sqrt()
@@ -66,7 +66,7 @@ class GHMRegressionLoss(BoxLoss):
         losses = error**2 / (root + self.mu)
         return losses, (error.abs() / root).detach()
 
-    def _weights(self, lengths, valid=None):
+    def _weights(self, lengths: Tensor, valid: Tensor | None = None) -> Tensor:
         """Take the valid numbers into the statistics and return the weight of each, (N, 4)."""
         counts = self.gradient_density.histogram(lengths, valid)
         weights = self.gradient_density.weights(counts, num_foreground=counts.sum())
