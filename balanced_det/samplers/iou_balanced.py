@@ -18,11 +18,10 @@ down and the remainder filled at random; the row of the largest IoU is in no ran
 gives at most ``round(N / objects) + 1`` of N foreground rows, while what all are short of is filled
 at random.
 
-Two things of it are slips, which nobody can want and no option has. It sets a floor of -1 to 0 after
-its first image, and is built anew for each batch: the first image of a batch has rows of IoU 0 in
-its lowest range, and the others, seven of eight in a batch of eight, keep them apart, as
-``floor_threshold`` 0 does. And what it fills up for objects that are short may be rows that it has
-taken already, so that it ends with a few less.
+Two slips of it no option has. It sets a floor of -1 to 0 after its first image, and is built anew
+for each batch: the first image of a batch has rows of IoU 0 in its lowest range, and the others
+keep them apart, as ``floor_threshold`` 0 does. And what it fills up where objects are short may be
+rows that it has taken already, so that it ends with a few less.
 """
 
 from collections.abc import Sequence
