@@ -29,6 +29,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -255,7 +256,7 @@ def _measure_all(runs, jobs, how):
         return list(progress(pool.map(_measure_shared, runs)))
 
 
-_shared = []  # what a worker of _measure_all measures by, sent once
+_shared: list[Any] = []  # what a worker of _measure_all measures by, sent once
 
 
 def _share(*how):

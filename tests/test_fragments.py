@@ -59,7 +59,8 @@ def test_a_fragment_is_refused_for_a_detector_that_it_does_not_fit(detector, fra
 
 
 # Fragments of defaults, of Detectron2's own keys or of a backbone: no key of ours to be ignored.
-OF_ALL = {"softmax", "class_agnostic_boxes", "cascade", "balanced_pyramid", "libra"}
+OF_ALL = {"softmax", "class_agnostic_boxes", "cascade"}
+OF_ALL |= {"balanced_pyramid", "libra", "libra_published"}
 # It names a part of the model to train, and is refused when that is looked for.
 PARTS = {"decoupled"}
 
