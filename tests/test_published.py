@@ -112,7 +112,7 @@ def ghm_terms(x, labels, deltas, wanted):
 
 
 def test_ghm_published_is_called_once_a_level():
-    model = build("Base-shapes-RetinaNet", "ghmc_ghmr_published")
+    model = build("shapes/retinanet", "ghmc_ghmr_published")
     classification, regression = PublishedGHM(30, 0.75), PublishedGHM(10, 0.7)
     for seed in range(3):
         inputs = batch((2, 3), seed)
@@ -127,7 +127,7 @@ def test_ghm_published_is_called_once_a_level():
 
 
 def test_ghmc_published_divides_the_box_loss_by_the_batch_s_own_foreground():
-    model = build("Base-shapes-RetinaNet", "ghmc_published")
+    model = build("shapes/retinanet", "ghmc_published")
     for seed in range(2):
         inputs = batch((2, 3), seed)
         rows = DenseRows(model, inputs)
@@ -144,7 +144,7 @@ def smooth_l1(error, beta):
 
 
 def test_sampling_free_retinanet_published_has_the_official_losses():
-    model = build("Base-shapes-RetinaNet", "sampling_free_published")
+    model = build("shapes/retinanet", "sampling_free_published")
     for seed in range(2):
         inputs = batch((2, 3), seed)
         boxes = classes = 0.0
@@ -193,7 +193,7 @@ def assert_equal_gradients(model, losses, expected):
 
 
 def test_sampling_free_retinanet_published_detects_as_the_official_code():
-    model = build("Base-shapes-RetinaNet", "sampling_free_published")
+    model = build("shapes/retinanet", "sampling_free_published")
     assert model.test_nms_thresh == 0.55
     model.score_threshold.set_row_counts(3, 10_000)
     # The prior N_f / (N K), times the classes with background; below the floor of our threshold.
@@ -201,7 +201,7 @@ def test_sampling_free_retinanet_published_detects_as_the_official_code():
 
 
 def test_sampling_free_rpn_published_has_the_official_losses():
-    model = build("Base-shapes-RCNN", "sampling_free_published")
+    model = build("shapes/faster_rcnn", "sampling_free_published")
     assert model.roi_heads.box_predictor.test_score_thresh == 0.0001
     rpn, inputs = model.proposal_generator, batch((2, 3))
     images = model.preprocess_image(inputs)
@@ -247,7 +247,7 @@ def logits_layer(rpn):
 
 
 def test_sampling_free_region_head_published_has_the_official_losses():
-    predictor = build("Base-shapes-RCNN", "sampling_free_published").roi_heads.box_predictor
+    predictor = build("shapes/faster_rcnn", "sampling_free_published").roi_heads.box_predictor
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(9, 21, generator=generator).requires_grad_()
     deltas = torch.randn(9, 80, generator=generator).requires_grad_()
@@ -280,16 +280,16 @@ def test_sampling_free_region_head_published_has_the_official_losses():
 def test_levels_one_by_one_are_refused_where_rows_have_none(part, slot, loss):
     keys = {f"BALANCE__{part}__{slot}": loss, f"BALANCE__{loss}__PER_LEVEL": True}
     with pytest.raises(InputError, match=f"BALANCE.{loss}.PER_LEVEL: the losses of {part}"):
-        build("Base-shapes-RCNN", **keys)
+        build("shapes/faster_rcnn", **keys)
 
 
 def test_an_unknown_normalizer_is_refused():
     with pytest.raises(InputError, match="NORMALIZER is 'sum'; known are: average, batch"):
-        build("Base-shapes-RetinaNet", BALANCE__DENSE__NORMALIZER="sum")
+        build("shapes/retinanet", BALANCE__DENSE__NORMALIZER="sum")
 
 
 def test_libra_retinanet_published_has_the_official_losses():
-    model = build("Base-shapes-RetinaNet", "libra_published")
+    model = build("shapes/retinanet", "libra_published")
     # Uniform within sqrt(6 / (64 + 64)); of 4,096 draws some come near the bound.
     assert 0.21 < model.backbone.refine.out.weight.abs().max() <= (6 / 128) ** 0.5
     inputs = batch((2, 3))
@@ -316,7 +316,7 @@ def focal(x, target):
 
 
 def test_libra_r_cnn_published_starts_its_pyramid_by_xavier_s_rule():
-    model = build("Base-shapes-RCNN", "libra_published")
+    model = build("shapes/faster_rcnn", "libra_published")
     for layer in (getattr(model.backbone.refine, name) for name in ("theta", "phi", "g", "out")):
         assert 0.21 < layer.weight.abs().max() <= (6 / 128) ** 0.5 and not layer.bias.any()
     assert model.roi_heads.box_predictor.criterion.box_losses[0].beta == 1
@@ -327,7 +327,7 @@ def test_softmax_eql_published_drops_classes_at_the_threshold(monkeypatch):
     frequency = [0.9, 0.3, 0.3, 0.2] + [0.5] * 16
     monkeypatch.setattr(balanced_det.build, "counted_statistic", lambda cfg, name: frequency)
     model = build(
-        "Base-shapes-RCNN",
+        "shapes/faster_rcnn",
         "softmax_eql_published",
         BALANCE__SoftmaxEqualizationLoss__TAIL_THRESHOLD=0.3,
         BALANCE__SoftmaxEqualizationLoss__DROP_PROBABILITY=1.0,
