@@ -1,5 +1,6 @@
 """What is published beside the code: the wheel, the command, and the files that name versions."""
 
+import ast
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 import balanced_det
-from balanced_det import cli
+from balanced_det import cli, losses, samplers
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -177,3 +178,23 @@ def test_every_dependency_is_pinned_for_tests():
         for requirement in [*PROJECT["dependencies"], *extras]
     }
     assert named <= pinned
+
+
+@pytest.mark.parametrize(
+    ("package", "registries"),
+    [
+        (losses, (losses.CLASSIFICATION_LOSSES, losses.BOX_LOSSES)),
+        (samplers, (samplers.SAMPLERS,)),
+    ],
+    ids=["losses", "samplers"],
+)
+def test_type_checkers_see_every_registered_method(package, registries):
+    tree = ast.parse(Path(package.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    seen = {
+        alias.name: f"{package.__name__}.{node.module}" for node in imports for alias in node.names
+    }
+    for registry in registries:
+        for name, method in registry:
+            if method.__module__.startswith(package.__name__):  # not one of another test
+                assert seen.get(name) == method.__module__, f"{name} is not imported for checkers"

@@ -54,9 +54,9 @@ def sigmoid_loss(
     """Sum a weighted sigmoid cross entropy over all rows labelled >= 0 and all K classes.
 
     Args:
-        logits: (*lead, K), floating point, up to four leading dimensions, any strides. The
+        logits: (*, K), floating point, up to four leading dimensions, any strides. The
             arithmetic is float32 whatever their type (float64 for float64 logits).
-        labels: (*lead), integers: 0 .. K-1 a class, K background, negative ignored. A row that is
+        labels: (*), integers: 0 .. K-1 a class, K background, negative ignored. A row that is
             ignored has exactly zero loss and gradient, whatever its logits.
         alpha: weight of the y = 1 terms, 1 - alpha being that of the y = 0 terms; None for neither.
         gamma: exponent of the focal modulation (1 - p_t)^gamma, a number or a (K,) tensor of one a
@@ -140,8 +140,8 @@ def gradient_histogram(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
     """Count the gradient lengths g = |sigmoid(x) - y| of all rows labelled >= 0 and all classes.
 
     Args:
-        logits: (*lead, K), as in :func:`sigmoid_loss`.
-        labels: (*lead).
+        logits: (*, K), as in :func:`sigmoid_loss`.
+        labels: (*).
         bins: the number B of equal bins over [0, 1]; g counts in bin min(int(g * B), B - 1).
 
     Returns:

@@ -12,7 +12,7 @@ import torch
 
 
 def memory_order(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """Return the dimensions of logits (*lead, K), from the largest stride to the smallest.
+    """Return the dimensions of logits (*, K), from the largest stride to the smallest.
 
     Dimensions of one element, whose stride means nothing, come first; a class dimension of one
     element comes last, since rows of one class are the simplest layout.

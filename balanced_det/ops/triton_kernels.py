@@ -442,7 +442,7 @@ def loss_and_gradient(
 ) -> Tensor:
     """Return the 0-dim loss; write its gradient into ``gradient`` unless that is None.
 
-    ``logits`` and ``gradient`` are (*lead, K), and may be one tensor; ``labels`` is (*lead).
+    ``logits`` and ``gradient`` are (*, K), and may be one tensor; ``labels`` is (*).
     ``sums``, unless None, is (2, K) float64, to which |gradient| before ``scale`` is added, summed
     over the rows where y = 1, and where y = 0.
     """
