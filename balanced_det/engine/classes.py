@@ -27,11 +27,12 @@ def check_model_classes(cfg: CfgNode, names: Iterable[str]):
 
 def check_same_classes(names: Iterable[str]):
     """Refuse data sets that do not have the same classes in the same order of ids."""
-    first, *others = [(name, dataset_classes(name)) for name in names] or [(None, None)]
-    for name, classes in others:
-        difference = _difference(classes["names"], first[1]["names"])
+    all_classes = [(name, dataset_classes(name)) for name in names]
+    for name, classes in all_classes[1:]:
+        first, of_first = all_classes[0]
+        difference = _difference(classes["names"], of_first["names"])
         if difference:
-            raise InputError(f"Data sets '{name}' and '{first[0]}' differ: {difference}.")
+            raise InputError(f"Data sets '{name}' and '{first}' differ: {difference}.")
 
 
 def dataset_classes(name: str) -> dict:
