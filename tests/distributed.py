@@ -1,11 +1,15 @@
 """Runs a function on several gloo processes of this machine."""
 
+import multiprocessing
 import os
 import tempfile
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# Workers are forked from a process that has imported these, which takes seconds, once.
+multiprocessing.set_forkserver_preload(["torch.distributed", "detectron2.engine"])
 
 
 def run_workers(function, *args, num_workers=2):
@@ -14,7 +18,9 @@ def run_workers(function, *args, num_workers=2):
     ``function`` is a module's top-level function; it may return tensors and containers of them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, (function, args, num_workers, folder), nprocs=num_workers)
+        mp.start_processes(
+            _work, (function, args, num_workers, folder), num_workers, start_method="forkserver"
+        )
         return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(num_workers)]
 
 
