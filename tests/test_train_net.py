@@ -12,12 +12,14 @@ import pytest
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
+from distributed import run_command
 from runs import options, run_keys
 
 from balanced_det.config import load_config, parse_args
 from balanced_det.data import shapes
 from balanced_det.engine import Trainer, check_run
 from balanced_det.errors import InputError
+from balanced_det.train import main
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "configs/quickstart.yaml"
@@ -53,6 +55,11 @@ def succeed(*arguments):
     done = train_net(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def run(*arguments):
+    """Run it without a Python of its own, which takes seconds to import everything again."""
+    run_command(main, ["--config-file", QUICKSTART, *map(str, arguments)], ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +134,7 @@ def test_class_frequencies_are_counted_in_the_training_set(trained, data):
 def test_evaluation_needs_no_training_set(trained, data, tmp_path):
     without = dataclasses.replace(data, train_json=tmp_path / "gone.json")
     weights = str(trained[0] / "model_final.pth")
-    succeed("--eval-only", *small(without, tmp_path / "out", MODEL__WEIGHTS=weights))
+    run("--eval-only", *small(without, tmp_path / "out", MODEL__WEIGHTS=weights))
 
     before, after = (out / "inference" for out in (trained[0], tmp_path / "out"))
     detections = read(after / "lvis_instances_results.json")
@@ -141,7 +148,7 @@ def test_resuming_goes_on_where_it_stopped(trained, data, tmp_path):
     out = shutil.copytree(trained[0], tmp_path / "out")
     # Frequencies are part of what was trained: those of other data must not replace them.
     other = dataclasses.replace(data, train_json=data.val_json)
-    succeed("--resume", *small(other, out, SOLVER__MAX_ITER=8))
+    run("--resume", *small(other, out, SOLVER__MAX_ITER=8))
 
     assert [line["iteration"] for line in metrics(out) if "total_loss" in line] == [5, 7]
     assert "Starting training from iteration 6" in (out / "log.txt").read_text()
@@ -162,7 +169,7 @@ def test_second_phase_trains_the_classifier_alone(trained, data, tmp_path):
         SOLVER__MAX_ITER=4,
         TEST__EVAL_PERIOD=2,  # an evaluation switches the model to training afterwards
     )
-    succeed(*keys)
+    run(*keys)
     before, after = (checkpoint(out)["model"] for out in (trained[0], tmp_path / "out"))
     # Running statistics of batch normalization are among the tensors that must not differ.
     assert any(name.endswith("running_mean") for name in before)
@@ -183,6 +190,7 @@ def train_and_save_state(options, folder):
     torch.save((trainer.iter, model.state_dict()), folder / f"{comm.get_rank()}.pth")
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(data, tmp_path):
     keys = small(data, tmp_path / "out", SOLVER__MAX_ITER=20, SOLVER__IMS_PER_BATCH=4)
     launch(train_and_save_state, 2, dist_url="auto", args=(keys, tmp_path))
