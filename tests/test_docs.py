@@ -198,6 +198,7 @@ def stop_after_parsing(parser, *given, parse_args=argparse.ArgumentParser.parse_
     raise Stopped
 
 
+@pytest.mark.usefixtures("undrawn_weights")
 @pytest.mark.parametrize("words", commands())
 def test_a_command_of_the_documentation_works(words, at_home, monkeypatch):
     match words:
