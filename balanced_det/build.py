@@ -13,9 +13,9 @@ from torch import nn
 
 from .config.keys import SLOTS, method_names, method_weights
 from .config.lazy import lazy_config
-from .config.ranges import check_ranges
 from .config.reads import recorded
 from .config.unused import refuse_unused
+from .config.values import check_pairs, check_values
 from .criterion import Criterion
 from .data.registration import check_num_classes, training_statistics
 from .errors import InputError
@@ -49,7 +49,8 @@ def build_model(cfg, count: bool = True):
     """
     from . import detectors  # registers them; they import this module
 
-    check_ranges(cfg)
+    check_values(cfg)
+    check_pairs(cfg)
     with counting(count):
         if lazy_config(cfg) is None:
             model = _build_from_keys(cfg)
@@ -306,8 +307,9 @@ def _weigh_classes(cfg, part, loss):
             )
             weights = None if counts is None else weights
         loss.weigh_classes(weights)
-    except InputError as error:
-        raise InputError(f"BALANCE.{part.name}.CLASS_WEIGHTS: {error}") from None
+    except (InputError, TypeError, ValueError) as error:  # texts among the weights
+        reason = str(error).rstrip(".")
+        raise InputError(f"BALANCE.{part.name}.CLASS_WEIGHTS: {reason}.") from None
 
 
 def _build_calibration(cfg, part, loss):
@@ -337,9 +339,11 @@ def _build_method(cfg, part, slot, name=None, **given):
     }
     try:
         return method(**given, **parameters)
-    except (InputError, TypeError, ValueError) as error:
-        # A text where a number is wanted is no InputError of the method's own.
+    except InputError as error:
         raise InputError(f"BALANCE.{name}: {error}") from None
+    except (TypeError, ValueError) as error:  # a text where a number is wanted
+        values = ", ".join(f"{key.upper()} {value!r}" for key, value in parameters.items())
+        raise InputError(f"BALANCE.{name} cannot have {values}: {error}.") from None
 
 
 def _parameter(cfg, part, method, key, default):

@@ -85,7 +85,12 @@ class TrainStep(SimpleTrainer):
         seed_generators(derived_seed(self.seed, _STEP_STREAM, comm.get_rank(), self.iter))
         self._keep_buffers()
         self.optimizer.zero_grad()
-        losses = self._backward(batches)
+        try:
+            losses = self._backward(batches)
+        except FloatingPointError as error:
+            # Region proposals are looked at in the middle of the forward pass.
+            self._refuse({}, batches, str(error).rstrip("."))
+            return
         self.after_backward()
         self.grad_scaler.unscale_(self.optimizer)
         # The scaler itself skips a step whose gradients overflow, and lowers its factor.
@@ -133,11 +138,23 @@ class TrainStep(SimpleTrainer):
         bad = ~torch.stack([n.float() for n in numbers]).isfinite().all()
         return bool(sum_over_workers(bad.float()).item())
 
-    def _refuse(self, losses: Mapping[str, torch.Tensor], batches: list[list[dict]]):
-        """Undo the step; raise, unless it may be skipped."""
+    def _refuse(
+        self, losses: Mapping[str, torch.Tensor], batches: list[list[dict]], reason: str = ""
+    ):
+        """Undo the step; raise, unless it may be skipped.
+
+        Args:
+            losses: of the step; none where it did not come to an end, for ``reason``.
+            batches: of the step.
+            reason: what ended the step, on this worker alone.
+        """
         weights, others = self._culprits(losses)
+        if reason and not weights:
+            others = [reason]
         found = [f"{'; '.join([*weights, *others])} ({_image_names(batches)})"]
-        if num_workers() > 1:
+        # Other workers wait for this one's gradients, so it cannot ask what they found, nor skip.
+        alone = bool(reason) and num_workers() > 1
+        if num_workers() > 1 and not alone:
             found = [
                 text for text in comm.all_gather(found[0] if weights or others else "") if text
             ]
@@ -145,7 +162,7 @@ class TrainStep(SimpleTrainer):
         self.optimizer.zero_grad()
         self.skipped_steps += 1
         message = f"Iteration {self.iter}: not finite: {'; '.join(found)}"
-        if weights or self.skipped_steps > self.max_skipped:
+        if weights or alone or self.skipped_steps > self.max_skipped:
             raise NonFiniteError(
                 f"{message}; nothing of this step was kept. Try a smaller SOLVER.BASE_LR or "
                 "SOLVER.CLIP_GRADIENTS, or let BALANCE.SKIP_BAD_STEPS steps be skipped."
