@@ -25,6 +25,7 @@ from .data.statistics import COMMON_MAX_IMAGES, RARE_MAX_IMAGES, dataset_statist
 from .data.survey import Columns, NearDuplicates
 from .detectors.anchor_fit import IOU_BINS, MISSED_IOU, AnchorFit, fit_anchors
 from .errors import InputError
+from .logs import escape_log_records
 from .losses.tail import tail_is_useful
 from .report import Page, figures, telling, write_csv, write_json
 
@@ -782,6 +783,7 @@ def _megabytes(path):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; see ``--help``."""
+    escape_log_records()
     parser = argparse.ArgumentParser(
         prog="python -m balanced_det.analyze",
         description="Look at a data set before training on it.",

@@ -25,6 +25,7 @@ from .engine import (
     start,
     trainer_of,
 )
+from .logs import escape_log_records
 from .run_report import report_run
 
 
@@ -37,6 +38,7 @@ def configure(args):
 
 def work(args):
     """Train or evaluate, in each process."""
+    escape_log_records()
     cfg = configure(args)
     default_setup(cfg, args)
     if lazy_config(cfg) is not None and comm.is_main_process():
@@ -85,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
         InputError: something of it is wrong.
     """
+    escape_log_records()
     try:
         run(parse_args(arguments))
     except KeyboardInterrupt:

@@ -19,9 +19,10 @@ from ..data.loader import TrainLoader, build_test_loader
 from ..data.registration import training_statistics
 from ..detectors.counting import fit_to_training_data
 from ..detectors.masks import MasksAsRLE
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..evaluation import BalancedLVISEvaluator, build_evaluator
 from ..gradient_figure import PlotGradients
+from ..logs import escaped
 from .checkpoint import build_checkpointer, load_weights
 from .classes import check_model_classes
 from .evaluate import Evaluate, TrainingStopped
@@ -257,7 +258,7 @@ def _without_traceback(record):
     if isinstance(error, TrainingStopped):
         return False
     if isinstance(error, InputError):
-        record.exc_info = None
+        record.exc_info = record.exc_text = None
         record.msg = f"{record.msg} {error}"
     return True
 
@@ -310,7 +311,7 @@ def print_results(results, output_dir):
         floatfmt=".1f",
         tablefmt="github",
     )
-    print(f"\n{table}\n\nWritten to {os.path.abspath(output_dir)}")
+    print(f"\n{escaped(table)}\n\nWritten to {printable(os.path.abspath(output_dir))}")
 
 
 def _metric_rows(results, prefix=""):
