@@ -19,7 +19,7 @@ from detectron2.modeling.roi_heads import (
 from .. import detectors  # noqa: F401  (registers them)
 from ..config.lazy import lazy_config
 from ..config.values import check_pairs
-from ..data.registration import check_masks, training_statistics
+from ..data.registration import check_masks, check_same_classes, training_statistics
 from ..data.training_samplers import TRAINING_SAMPLERS
 from ..errors import InputError
 from ..gradient_figure import PlotGradients
@@ -30,7 +30,7 @@ from .checkpoint import (
     load_weights,
     saved_checkpoints,
 )
-from .classes import check_model_classes, check_same_classes
+from .classes import check_model_classes
 from .evaluate import check_best
 from .lazy import trainer_of
 from .output import check_output_dir
