@@ -1,6 +1,7 @@
 # make demo   generate a long-tailed data set, train a detector with EQL on it, evaluate it
 # make test   lint and tests
-# make lint   lint alone
+# make lint   lint and types alone
+# make docs   the site of docs/, into site/, from the code and without a network
 # make bench  the benchmarks, sized for this machine
 # Each installs what it needs into .venv first.
 
@@ -9,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 # Where pip installs, and where Detectron2 lies in the wheel that carries it.
 SITE = $$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
@@ -36,6 +37,15 @@ test: lint
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+$(VENV)/docs-ready: $(READY) requirements-docs.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.txt
+	touch $(VENV)/docs-ready
+
+docs: $(VENV)/docs-ready
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(PY) -W ignore -m mkdocs build --strict --quiet
+	@echo "Written to site/: open site/index.html"
 
 bench: $(READY)
 	$(PY) benchmarks/bench_losses.py
@@ -46,4 +56,4 @@ bench: $(READY)
 	$(PY) benchmarks/bench_evaluation.py --images 100 --full 2000
 
 clean:
-	rm -rf $(VENV) output datasets/shapes
+	rm -rf $(VENV) output site datasets/shapes

@@ -2,7 +2,7 @@
 """Train and evaluate a detector; the command line is Detectron2's own.
 
 python train_net.py --config-file configs/quickstart.yaml --num-gpus 1
-python train_net.py --config-file configs/lvis_v1/Base-Mask-RCNN-FPN.yaml --with eql rfs
+python train_net.py --config-file configs/lvis_v1/mask_rcnn_R_50_FPN_1x.yaml --with eql rfs
 python train_net.py --config-file configs/lazy/mask_rcnn_R_50_FPN.py train.max_iter=1000
 python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS model.pth
 """

@@ -526,7 +526,8 @@ def make_page(a: Analysis, found: list[Conclusion]) -> Page:
         _show_repeats(page, a)
         _show_anchors(page, a)
     page.section("Every class")
-    page.table(*_class_table(a), summary=f"{_n(len(a.classes))} classes")
+    header, rows = _class_table(a)
+    page.table(header, rows, summary=f"{_n(len(a.classes))} classes")
     if a.suggestion:
         page.section("A config to start from")
         page.say("python -m balanced_det.new writes it with your images and validation set.")

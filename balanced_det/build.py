@@ -4,13 +4,16 @@ import contextlib
 import contextvars
 import functools
 import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2 import modeling
-from detectron2.config import instantiate
+from detectron2.config import CfgNode, instantiate
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
+from .calibration import ScoreCalibration
 from .config.keys import SLOTS, method_names, method_weights
 from .config.lazy import lazy_config
 from .config.reads import recorded
@@ -20,9 +23,11 @@ from .criterion import Criterion
 from .data.registration import check_num_classes, training_statistics
 from .errors import InputError
 from .losses import GradientDensity
+from .losses.base import BoxLoss, ClassificationLoss
 from .parts import PARTS, Part
 from .priors import class_weights
-from .selection import Selection
+from .selection import Sampler, Selection
+from .thresholds import ScoreThreshold
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ _counts = contextvars.ContextVar("counts", default=True)
 _run = contextvars.ContextVar("run", default=None)  # the config whose lazy model is being built
 
 
-def build_model(cfg, count: bool = True):
+def build_model(cfg: CfgNode, count: bool = True) -> nn.Module:
     """Build the model of a config, as Detectron2 does, and refuse a config that it does not use up.
 
     Args:
@@ -60,7 +65,7 @@ def build_model(cfg, count: bool = True):
     return model.to(memory_format=torch.channels_last) if cfg.BALANCE.CHANNELS_LAST else model
 
 
-def _build_from_keys(cfg):
+def _build_from_keys(cfg: CfgNode) -> nn.Module:
     recording, reads = recorded(cfg)
     model = modeling.build_model(recording)
     if any(isinstance(module, GradientDensity) for module in model.modules()):
@@ -69,7 +74,7 @@ def _build_from_keys(cfg):
     return model
 
 
-def _build_lazily(cfg, names):
+def _build_lazily(cfg: CfgNode, names: Sequence[str]) -> nn.Module:
     """Construct the model of a Python config for the data sets called ``names``."""
     model = lazy_config(cfg).model
     for key in ("roi_heads.num_classes", "num_classes"):
@@ -85,7 +90,7 @@ def _build_lazily(cfg, names):
         _run.reset(token)
 
 
-def counted(name: str):
+def counted(name: str) -> Tensor | None:
     """Return a statistic of the training set to a Python config whose model is being built.
 
     ``L(counted)(name="class_frequency")`` is an argument of a loss; see :func:`counted_statistic`.
@@ -96,7 +101,7 @@ def counted(name: str):
 
 
 @contextlib.contextmanager
-def counting(count: bool):
+def counting(count: bool) -> Iterator[None]:
     """Build models inside with (True) or without (False) what is counted in the training set."""
     token = _counts.set(count)
     try:
@@ -105,7 +110,7 @@ def counting(count: bool):
         _counts.reset(token)
 
 
-def counted_statistic(cfg, name: str):
+def counted_statistic(cfg: CfgNode, name: str) -> Tensor | None:
     """Return a statistic of the training set, (K,), or None for a checkpoint to bring it.
 
     Args:
@@ -117,7 +122,14 @@ def counted_statistic(cfg, name: str):
     return _STATISTICS[name](training_statistics(cfg))
 
 
-def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_weight=1.0):
+def build_criterion(
+    cfg: CfgNode,
+    part: Part | str,
+    num_classes: int,
+    *,
+    classification_weight: float = 1.0,
+    box_weight: float = 1.0,
+) -> Criterion:
     """Build the criterion of one part of a detector.
 
     Args:
@@ -134,7 +146,9 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
     except InputError as error:
         raise InputError(f"BALANCE.{part.name}.PRIOR_PROB: {error}") from None
     box_losses, box_weights = _build_box_losses(cfg, part)
-    options = {"box_weight": [node.BOX_WEIGHT * box_weight * weight for weight in box_weights]}
+    options: dict[str, Any] = {
+        "box_weight": [node.BOX_WEIGHT * box_weight * weight for weight in box_weights]
+    }
     if node.GUIDED_LOSS:
         # The scaled loss has the size of the box loss, whatever its weight was.
         options.update(guided=True, guided_factor=node.GUIDED_FACTOR)
@@ -147,7 +161,7 @@ def build_criterion(cfg, part, num_classes, *, classification_weight=1.0, box_we
     return criterion
 
 
-def _warn_unless_counted(criterion: Criterion, part: Part, node):
+def _warn_unless_counted(criterion: Criterion, part: Part, node: CfgNode) -> None:
     """Let the first training step say so when nobody counted the rows that ``node`` asks for.
 
     This project's trainer calls :func:`balanced_det.detectors.counting.fit_to_training_data`, which
@@ -161,7 +175,7 @@ def _warn_unless_counted(criterion: Criterion, part: Part, node):
         criterion.register_forward_pre_hook(functools.partial(_warn_once, keys))
 
 
-def _warn_once(keys, criterion, _inputs):
+def _warn_once(keys: list[str], criterion: Criterion, _inputs: Any) -> None:
     if criterion.training and not criterion.rows_are_counted:
         logger.warning(
             "%s: the rows of the training set were not counted for this training, so this has no "
@@ -172,7 +186,7 @@ def _warn_once(keys, criterion, _inputs):
         criterion.rows_are_counted = True
 
 
-def initial_prior(cfg, part) -> float | None:
+def initial_prior(cfg: CfgNode, part: Part | str) -> float | None:
     """Return the probability that a part's classes start with; None leaves its bias at zero.
 
     Where the prior is counted, it is only what serves until then.
@@ -185,12 +199,19 @@ def initial_prior(cfg, part) -> float | None:
     return node.PRIOR_PROB
 
 
-def build_sampler(cfg, part):
+def build_sampler(cfg: CfgNode, part: Part | str) -> Sampler:
     """Build the sampler of one part of a detector, see :mod:`balanced_det.samplers`."""
     return _build_method(cfg, _part(part), "SAMPLER")
 
 
-def build_selection(cfg, part, *, always=None, sampled=None, **quota) -> Selection:
+def build_selection(
+    cfg: CfgNode,
+    part: Part | str,
+    *,
+    always: nn.Module | None = None,
+    sampled: nn.Module | None = None,
+    **quota: Any,
+) -> Selection:
     """Build what chooses the rows of one part of a detector and says what divides their losses.
 
     Args:
@@ -212,7 +233,9 @@ def build_selection(cfg, part, *, always=None, sampled=None, **quota) -> Selecti
     return Selection(sampler, always, **quota)
 
 
-def build_classifier(cfg, part, in_features: int, num_logits: int) -> nn.Module | None:
+def build_classifier(
+    cfg: CfgNode, part: Part | str, in_features: int, num_logits: int
+) -> nn.Module | None:
     """Build the last layer that a part's slot asks for; None is Detectron2's linear one."""
     part = _part(part)
     if cfg.BALANCE[part.name].CLASSIFIER is None:
@@ -220,7 +243,9 @@ def build_classifier(cfg, part, in_features: int, num_logits: int) -> nn.Module 
     return _build_method(cfg, part, "CLASSIFIER", in_features=in_features, out_features=num_logits)
 
 
-def build_score_threshold(cfg, part, num_classes, fixed):
+def build_score_threshold(
+    cfg: CfgNode, part: Part | str, num_classes: int, fixed: float
+) -> ScoreThreshold:
     """Build the threshold that a part's slot asks for; ``fixed`` is Detectron2's own."""
     part = _part(part)
     threshold = _build_method(cfg, part, "SCORE_THRESHOLD", fixed=fixed, num_classes=num_classes)
@@ -229,7 +254,9 @@ def build_score_threshold(cfg, part, num_classes, fixed):
     return threshold
 
 
-def refuse_overridden_keys(cfg, part, keys):
+def refuse_overridden_keys(
+    cfg: CfgNode, part: Part | str, keys: Mapping[str, tuple[Any, str]]
+) -> None:
     """Refuse Detectron2 keys that this project's slots replace, so that none is ignored silently.
 
     Args:
@@ -244,16 +271,16 @@ def refuse_overridden_keys(cfg, part, keys):
             )
 
 
-def _part(part) -> Part:
+def _part(part: Part | str) -> Part:
     return part if isinstance(part, Part) else PARTS[part]
 
 
-def _value(cfg, key):
+def _value(cfg: CfgNode, key: str) -> Any:
     # dict's own look-up: comparing is no read of the key.
     return functools.reduce(dict.__getitem__, key.split("."), cfg)
 
 
-def _build_classification_loss(cfg, part, num_classes):
+def _build_classification_loss(cfg: CfgNode, part: Part, num_classes: int) -> ClassificationLoss:
     key = f"BALANCE.{part.name}.CLASSIFICATION_LOSS"
     name = cfg.BALANCE[part.name].CLASSIFICATION_LOSS
     method = SLOTS["CLASSIFICATION_LOSS"].get(name, key)
@@ -262,6 +289,7 @@ def _build_classification_loss(cfg, part, num_classes):
     if method.needs and not part.has_classes:
         raise InputError(f"{key}: '{name}' weighs classes by frequency; objectness has none.")
     loss = _build_method(cfg, part, "CLASSIFICATION_LOSS", num_classes=num_classes)
+    _refuse_levels(part, loss)
     if not part.has_classes and loss.num_logits != 1:
         raise InputError(
             f"{key}: '{name}' has {loss.num_logits} logits; RPN predicts one logit an anchor."
@@ -282,17 +310,28 @@ def _build_classification_loss(cfg, part, num_classes):
     return loss
 
 
-def _build_box_losses(cfg, part):
+def _refuse_levels(part: Part, loss: BoxLoss) -> None:
+    if loss.per_level and not part.has_levels:
+        name = type(loss).__name__
+        raise InputError(
+            f"BALANCE.{name}.PER_LEVEL: the losses of {part.name} are not told the pyramid level "
+            f"of a row, those of DENSE are; give DENSE its own, BALANCE.DENSE.{name}.PER_LEVEL."
+        )
+
+
+def _build_box_losses(cfg: CfgNode, part: Part) -> tuple[list[BoxLoss], list[float]]:
     """Return the box losses that a part's slot names, and the weight of each."""
     key, value = f"BALANCE.{part.name}.BOX_LOSS", cfg.BALANCE[part.name].BOX_LOSS
     names = method_names(value)
     if len({*names}) < len(names):
         raise InputError(f"{key} is {value!r}; give each loss once, with its weight.")
     losses = [_build_method(cfg, part, "BOX_LOSS", name) for name in names]
+    for loss in losses:
+        _refuse_levels(part, loss)
     return losses, method_weights(value, key)
 
 
-def _weigh_classes(cfg, part, loss):
+def _weigh_classes(cfg: CfgNode, part: Part, loss: ClassificationLoss) -> None:
     keys = cfg.BALANCE[part.name]
     weights = keys.CLASS_WEIGHTS
     if weights is None:
@@ -312,7 +351,9 @@ def _weigh_classes(cfg, part, loss):
         raise InputError(f"BALANCE.{part.name}.CLASS_WEIGHTS: {reason}.") from None
 
 
-def _build_calibration(cfg, part, loss):
+def _build_calibration(
+    cfg: CfgNode, part: Part, loss: ClassificationLoss
+) -> ScoreCalibration | None:
     if not part.has_classes or cfg.BALANCE[part.name].SCORE_CALIBRATION is None:
         return None
     calibration = _build_method(cfg, part, "SCORE_CALIBRATION", num_classes=loss.num_classes)
@@ -323,7 +364,9 @@ def _build_calibration(cfg, part, loss):
     return calibration
 
 
-def _build_method(cfg, part, slot, name=None, **given):
+def _build_method(
+    cfg: CfgNode, part: Part, slot: str, name: str | None = None, **given: Any
+) -> Any:
     """Construct the method that a part's slot names, with its parameters and statistics.
 
     Args:
@@ -346,7 +389,7 @@ def _build_method(cfg, part, slot, name=None, **given):
         raise InputError(f"BALANCE.{name} cannot have {values}: {error}.") from None
 
 
-def _parameter(cfg, part, method, key, default):
+def _parameter(cfg: CfgNode, part: Part, method: str, key: str, default: Any) -> Any:
     """Return a method's parameter: the part's own value, or else the one that all parts share."""
     node = cfg.BALANCE[part.name]
     value = node[method][key] if method in node else None

@@ -17,15 +17,19 @@ The intervals
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import itertools
+import multiprocessing
 import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -205,6 +209,7 @@ def compare_runs(
     *,
     draws: int = 1000,
     task: str = "bbox",
+    jobs: int = 1,
 ) -> Comparison:
     """Evaluate the detections of finished runs on their images and on draws of them.
 
@@ -212,6 +217,7 @@ def compare_runs(
         groups_of_runs: (name, runs, failures) of each setup, the first to compare with.
         draws: B, draws of images.
         task: "bbox" or "segm".
+        jobs: runs that are evaluated side by side, each in a process of its own.
 
     Raises:
         InputError: the first has no run, or the runs differ in their data or classes.
@@ -227,18 +233,39 @@ def compare_runs(
     check_same_data(
         [(f"'{r.folder}'", r.annotations) for _, runs, _ in groups_of_runs for r in runs]
     )
-    entries, total = [], sum(len(runs) for _, runs, _ in groups_of_runs)
-    with tqdm(desc="Evaluating", unit="run", total=total) as progress:
-        for name, runs, failures in groups_of_runs:
-            measured = []
-            for run in runs:
-                measured.append(_measure(run, truth, weights, groups, task))
-                progress.update()
-            metrics, classes = zip(*measured) if measured else ((), ())
-            entries.append(
-                Entry(name, list(runs), list(failures), np.array(metrics), np.array(classes))
-            )
+    all_runs = [run for _, runs, _ in groups_of_runs for run in runs]
+    measured = iter(_measure_all(all_runs, jobs, (truth, weights, groups, task)))
+    entries = []
+    for name, runs, failures in groups_of_runs:
+        metrics, classes = zip(*(next(measured) for _ in runs)) if runs else ((), ())
+        entries.append(
+            Entry(name, list(runs), list(failures), np.array(metrics), np.array(classes))
+        )
     return Comparison(entries, truth, digest, groups, first.train_images, holding, draws, task)
+
+
+def _measure_all(runs, jobs, how):
+    """A list of :func:`_measure` of the runs, as many at a time as ``jobs``."""
+    progress = functools.partial(tqdm, desc="Evaluating", unit="run", total=len(runs))
+    if min(jobs, len(runs)) == 1:
+        return list(progress(_measure(run, *how) for run in runs))
+    # New processes: those of a fork would have copies of torch's threads and locks.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        min(jobs, len(runs)), context, initializer=_share, initargs=how
+    ) as pool:
+        return list(progress(pool.map(_measure_shared, runs)))
+
+
+_shared: list[Any] = []  # what a worker of _measure_all measures by, sent once
+
+
+def _share(*how):
+    _shared[:] = how
+
+
+def _measure_shared(run):
+    return _measure(run, *_shared)
 
 
 def _classes(truth):
@@ -783,7 +810,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parse(arguments)
         setups, opts = _split_words(options.setups)
         compared = _finished(options, setups, opts)
-        found = compare_runs(compared, draws=options.draws, task=options.task)
+        found = compare_runs(compared, draws=options.draws, task=options.task, jobs=options.jobs)
         command = " ".join(["balanced-det compare", *arguments])
         with telling("Writing the page"):
             page = write_comparison(found, options.out, command)
@@ -814,7 +841,9 @@ def _parse(arguments):
         "folder of a finished run; after them KEY VALUE ... for all configs",
     )
     parser.add_argument("--seeds", type=_positive, default=3, help="runs a config (%(default)s)")
-    parser.add_argument("--jobs", type=_positive, default=1, help="trainings side by side")
+    parser.add_argument(
+        "--jobs", type=_positive, default=1, help="trainings, then evaluations, side by side"
+    )
     parser.add_argument("--out", type=Path, default=Path("output/compare"), help="(%(default)s)")
     parser.add_argument("--task", choices=IOU_TYPES, default="bbox", help="(%(default)s)")
     parser.add_argument("--test-set", help="of DATASETS.TEST; by default the first")

@@ -1,12 +1,24 @@
 """What a detector asks for its losses: classification + box losses + guided scale."""
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from .calibration import ScoreCalibration
 from .errors import InputError
 from .losses import BoxLoss, ClassificationLoss, guided_scale
 from .losses.base import add
+
+
+class BoxTransform(Protocol):
+    """What a criterion asks of Detectron2's ``Box2BoxTransform`` and its like."""
+
+    def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
+        """Return the (F, 4) deltas that bring the first boxes to the second."""
+
+    def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
+        """Return the (F, 4) boxes that deltas make of boxes."""
 
 
 class Criterion(nn.Module):
@@ -26,6 +38,8 @@ class Criterion(nn.Module):
     Attributes:
         monitored: scalars of the last step that the losses do not show, as detached tensors; the
             trainer logs them now and then, so that no step waits for the device.
+        rows_are_counted: whether priors and thresholds that are counted in the training set are
+            those of a data set; see :func:`balanced_det.build.build_criterion`.
 
     Raises:
         InputError: when weights and box losses are not equally many, or the scores of the loss
@@ -41,7 +55,7 @@ class Criterion(nn.Module):
         box_weight: float | Sequence[float] = 1.0,
         guided: bool = False,
         guided_factor: float = 1.0,
-        calibration: nn.Module | None = None,
+        calibration: ScoreCalibration | None = None,
     ):
         super().__init__()
         box_losses = [box_loss] if isinstance(box_loss, BoxLoss) else list(box_loss)
@@ -55,10 +69,12 @@ class Criterion(nn.Module):
         self.box_losses = nn.ModuleList(box_losses)
         self.classification_weight = classification_weight
         self.box_weights = list(box_weight)
+        self._spaces = [loss.space for loss in box_losses]
         self.guided = guided
         self.guided_factor = guided_factor
         self.calibration = calibration
-        self.monitored = {}
+        self.monitored: dict[str, Tensor] = {}
+        self.rows_are_counted = False
 
     @property
     def num_classes(self) -> int:
@@ -71,6 +87,11 @@ class Criterion(nn.Module):
         return self.classification_loss.num_logits
 
     @property
+    def boxes_have_levels(self) -> bool:
+        """Whether a box loss asks which pyramid level each foreground row is of."""
+        return any(loss.per_level for loss in self.box_losses)
+
+    @property
     def scores_rise_with_logits(self) -> bool:
         """Whether :meth:`scores` orders any two logits as they are, see ``ClassificationLoss``."""
         return self.classification_loss.scores_rise_with_logits and self.calibration is None
@@ -81,7 +102,8 @@ class Criterion(nn.Module):
         labels: Tensor | Sequence[Tensor],
         boxes: dict[str, tuple[Tensor, Tensor]],
         normalizer: float | Tensor,
-        **options,
+        box_levels: Tensor | None = None,
+        **options: Any,
     ) -> dict[str, Tensor]:
         """Return ``{"loss_cls": scalar, "loss_box_reg": scalar}``.
 
@@ -90,13 +112,17 @@ class Criterion(nn.Module):
                 or a list of them, one a pyramid level.
             boxes: what :meth:`box_pairs` makes of the foreground rows.
             normalizer: what all sums are divided by, a number or a 0-dim tensor.
+            box_levels: (L, F) bool, which foreground rows are of each pyramid level; needed where
+                :attr:`boxes_have_levels`.
             options: passed on to the classification loss.
         """
         loss_cls = self.classification_loss(logits, labels, normalizer, **options)
         loss_cls = loss_cls * self.classification_weight
         losses_box = [
-            loss(*boxes[loss.space], normalizer) * weight
-            for loss, weight in zip(self.box_losses, self.box_weights, strict=True)
+            loss(*boxes[space], normalizer, box_levels) * weight
+            for loss, space, weight in zip(
+                self.box_losses, self._spaces, self.box_weights, strict=True
+            )
         ]
         loss_box = add(losses_box)
         self.monitored = {}
@@ -115,7 +141,7 @@ class Criterion(nn.Module):
         return scores if self.calibration is None else self.calibration(scores)
 
     def box_pairs(
-        self, transform, sources: Tensor, pred_deltas: Tensor, gt_boxes: Tensor
+        self, transform: BoxTransform, sources: Tensor, pred_deltas: Tensor, gt_boxes: Tensor
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Bring predictions and ground truth into the spaces that the box losses compare them in.
 
@@ -129,10 +155,9 @@ class Criterion(nn.Module):
             {"deltas" and "boxes", as far as a loss asks: (pred, target), (F, 4) float32 each}.
         """
         pred_deltas = pred_deltas.float()
-        spaces = {loss.space for loss in self.box_losses}
         pairs = {}
-        if "deltas" in spaces:
+        if "deltas" in self._spaces:
             pairs["deltas"] = pred_deltas, transform.get_deltas(sources, gt_boxes)
-        if "boxes" in spaces:
+        if "boxes" in self._spaces:
             pairs["boxes"] = transform.apply_deltas(pred_deltas, sources), gt_boxes
         return pairs

@@ -2,21 +2,22 @@
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
-def num_workers():
+def num_workers() -> int:
     """Return how many processes train together, 1 without ``torch.distributed``."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def sum_over_workers(tensor):
+def sum_over_workers(tensor: Tensor) -> Tensor:
     """Sum ``tensor`` in place over all workers and return it; every worker must call this."""
     if num_workers() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def shared_uniform(count, device, shared=True):
+def shared_uniform(count: int, device: torch.device, shared: bool = True) -> Tensor:
     """Return (count,) random numbers of [0, 1) that are the same on all workers.
 
     Each worker draws its own, and what they sum to, without its whole part, is uniform again: no

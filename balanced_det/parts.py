@@ -15,6 +15,7 @@ class Part:
         has_classes: False for objectness: one logit a row, and nothing is counted a class.
         counts_rows: rows are labelled without the network, so they can be counted before training.
         has_classifier: its last layer is of features of a row alone, and can be exchanged.
+        has_levels: its losses get the rows of each pyramid level apart.
         has_quota: how many rows a sampler takes is a key of this node, not one of Detectron2's.
     """
 
@@ -26,6 +27,7 @@ class Part:
     has_classes: bool = True
     counts_rows: bool = True
     has_classifier: bool = False
+    has_levels: bool = False
     has_quota: bool = False
 
 
@@ -35,6 +37,7 @@ DENSE = Part(
     classification_loss="FocalLoss",
     sampler="AllSampler",
     prior_prob=0.01,
+    has_levels=True,
     has_quota=True,
 )
 RPN = Part(

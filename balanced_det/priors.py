@@ -19,7 +19,7 @@ import torch
 from .errors import InputError
 
 
-def optimal_prior(num_foreground, num_samples, num_classes):
+def optimal_prior(num_foreground: float, num_samples: float, num_classes: int) -> float:
     """Return p* = N_f / (N C), the minimum of the initial classification loss.
 
     Args:
@@ -42,7 +42,7 @@ def optimal_prior(num_foreground, num_samples, num_classes):
     return num_foreground / (num_samples * num_classes)
 
 
-def prior_bias(prior):
+def prior_bias(prior: float) -> float:
     """Return b = -log((1 - p) / p), so that sigmoid(b) = p.
 
     Args:
@@ -59,7 +59,9 @@ def prior_bias(prior):
     return math.log(prior) - math.log1p(-prior)
 
 
-def class_adaptive_thresholds(num_foreground, num_samples, class_counts):
+def class_adaptive_thresholds(
+    num_foreground: float, num_samples: float, class_counts: Sequence[float] | torch.Tensor
+) -> torch.Tensor:
     """Return theta_j = (N_f / N) (n_j / sum_k n_k), a score threshold for every class.
 
     Args:
@@ -122,7 +124,7 @@ def class_weights(
     return (weights / weights.mean()).float()
 
 
-def _check_counts(num_foreground, num_samples):
+def _check_counts(num_foreground: float, num_samples: float) -> None:
     if not 0 <= num_foreground <= num_samples or num_samples == 0:
         raise InputError(
             f"{num_foreground} foreground rows of {num_samples} rows is no possible count."

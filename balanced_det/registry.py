@@ -1,8 +1,12 @@
 """Named methods that a config file can choose from, and the parameters that they take from it."""
 
 import inspect
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from .errors import InputError
+
+Method = TypeVar("Method", bound=type)
 
 # What a config key can hold.
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
@@ -36,9 +40,9 @@ class Registry:
     def __init__(self, kind: str, given: tuple[str, ...] = ("num_classes",)):
         self.kind = kind
         self.given = given
-        self._methods = {}
+        self._methods: dict[str, Any] = {}
 
-    def register(self, method):
+    def register(self, method: Method) -> Method:
         """Register ``method`` under its ``__name__``; usable as a decorator.
 
         Raises:
@@ -52,7 +56,7 @@ class Registry:
         self._methods[name] = method
         return method
 
-    def get(self, name: str, key: str | None = None):
+    def get(self, name: str, key: str | None = None) -> Any:
         """Return the method called ``name``.
 
         An unknown name is an :class:`InputError` that lists the known ones, and names the config
@@ -73,13 +77,13 @@ class Registry:
         """Return the registered names, sorted."""
         return sorted(self._methods)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         return iter(sorted(self._methods.items()))
 
-    def __contains__(self, name):
+    def __contains__(self, name: object) -> bool:
         return name in self._methods
 
-    def _parameters_of(self, method) -> dict:
+    def _parameters_of(self, method: Any) -> dict:
         passed = {*self.given, *getattr(method, "needs", ())}
         parameters = {
             p.name: p.default

@@ -5,15 +5,20 @@ Detectron2 labels all of them alike, and so do all methods here: ``0 ... K-1`` a
 ``K`` background, ``-1`` ignored.
 """
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 
-def foreground(labels, num_classes):
+def foreground(labels: Tensor, num_classes: int) -> Tensor:
     """Return the boolean mask of the rows that carry an object class; same shape as ``labels``."""
     return (labels >= 0) & (labels < num_classes)
 
 
-def nonzero(mask, count):
+def nonzero(mask: Tensor, count: int) -> tuple[Tensor, ...]:
     """Return the indices of a mask's true elements, without asking the device how many there are.
 
     Args:
@@ -32,12 +37,15 @@ def nonzero(mask, count):
     return torch.unravel_index(index, mask.shape)
 
 
-def on_device(values, like):
-    """Return a list of numbers as a tensor of the type and device of ``like``, without waiting."""
+def on_device(values: Sequence[Any], like: Tensor) -> Tensor:
+    """Return numbers, or tuples of them, as a tensor of the type and device of ``like``.
+
+    The device is not waited for.
+    """
     return without_waiting(torch.tensor(values, dtype=like.dtype), like.device)
 
 
-def without_waiting(tensor, device):
+def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
     """Move a tensor, which may be on the host, to a device without waiting for it.
 
     A copy from ordinary memory to a GPU waits until all that was launched before it has ended.
@@ -47,7 +55,7 @@ def without_waiting(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def level_rows(prediction, channels):
+def level_rows(prediction: Tensor, channels: int) -> Tensor:
     """View a head's output for one pyramid level as rows, without a copy.
 
     Args:
@@ -61,7 +69,22 @@ def level_rows(prediction, channels):
     return prediction.view(n, -1, channels, h, w).permute(0, 3, 4, 1, 2)
 
 
-def split_levels(labels, levels):
+def rows_of_levels(row: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Say which of some rows are of each pyramid level.
+
+    Args:
+        row: (F,) long, places among the rows of all levels, fine to coarse.
+        sizes: how many rows each of the L levels has.
+
+    Returns:
+        (L, F) bool.
+    """
+    ends = on_device(list(itertools.accumulate(sizes)), row)  # (L,)
+    level = torch.bucketize(row, ends, right=True)  # (F,)
+    return level == torch.arange(len(sizes), device=row.device).unsqueeze(1)
+
+
+def split_levels(labels: Tensor, levels: Sequence[Tensor]) -> list[Tensor]:
     """Split the labels of all anchors by pyramid level, without a copy.
 
     Args:

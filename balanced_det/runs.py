@@ -22,6 +22,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -192,7 +193,7 @@ def train_all(runs: Sequence[Planned], jobs: int) -> dict[Planned, str]:
     import torch
 
     gpus = _visible_gpus(torch.cuda.device_count())
-    slots = queue.SimpleQueue()
+    slots: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     for slot in range(jobs):
         slots.put(gpus[slot % len(gpus)] if gpus else None)
     _tell(f"{len(runs) - len(missing)} of {len(runs)} runs are there, {len(missing)} to train.")
@@ -542,7 +543,7 @@ def read_run(folder: str | os.PathLike, task: str = "bbox", test_set: str | None
     if detections is None:
         raise InputError(f"'{folder}' holds no results: there are no detections in '{inference}'.")
     content = _read_json(inference / "lvis_results.json") if "lvis" in detections.name else {}
-    metrics = content.get(task)
+    metrics: Any = content.get(task)
     if content and metrics is None:
         raise InputError(f"'{folder}' has no results for '{task}'.")
     protocol = (content.get("protocol") or {}).get(task)

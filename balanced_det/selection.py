@@ -20,6 +20,7 @@ Letters: N images of a batch, R rows of an image, K classes.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -67,6 +68,17 @@ class Rows:
         """(N, R) bool: the rows that are not ignored."""
         return self.labels >= 0
 
+    def known(self, name: str) -> torch.Tensor:
+        """Return ``ious``, ``matched`` or ``losses``, by name.
+
+        Raises:
+            InputError: nobody computed it.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise InputError(f"These rows have no {name}, which the sampler needs.")
+        return value
+
     def keep(self, mask: torch.Tensor) -> "Rows":
         """Return these rows with all of them ignored that are not in ``mask`` (N, R)."""
         return dataclasses.replace(self, labels=self.labels.where(mask, -1))
@@ -84,7 +96,7 @@ class Quota:
     rows_per_image: int
     positive_fraction: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rows_per_image < 0:
             raise InputError(f"rows_per_image is {self.rows_per_image}; it must not be negative.")
         if not 0 <= self.positive_fraction <= 1:
@@ -127,7 +139,7 @@ class Sampler:
         """
         raise NotImplementedError
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         parameters = ", ".join(f"{name}={value}" for name, value in vars(self).items())
         return f"{type(self).__name__}({parameters})"
 
@@ -135,7 +147,7 @@ class Sampler:
 class PerRow(nn.Module):
     """Divide by the rows that take part, as Detectron2's region heads do."""
 
-    def forward(self, rows: Rows, quota: Quota):
+    def forward(self, rows: Rows, quota: Quota) -> torch.Tensor:
         """Return a 0-dim tensor, which is not read on the host; 0 without any row."""
         return rows.takes_part.sum()
 
@@ -143,7 +155,7 @@ class PerRow(nn.Module):
 class PerQuota(nn.Module):
     """Divide by the rows that a batch may have at most, as Detectron2's RPN does."""
 
-    def forward(self, rows: Rows, quota: Quota):
+    def forward(self, rows: Rows, quota: Quota) -> int:
         """Return a number."""
         return quota.rows_per_image * len(rows.labels)
 
@@ -156,7 +168,7 @@ class PerForegroundRow(nn.Module):
     where the sum over all would be huge.
     """
 
-    def forward(self, rows: Rows, quota: Quota):
+    def forward(self, rows: Rows, quota: Quota) -> torch.Tensor:
         """Return a 0-dim float32 tensor, which is not read on the host; 0 without any row."""
         counts = torch.stack([rows.foreground.sum(), rows.takes_part.sum()]).float()
         num_foreground, num_rows = (sum_over_workers(counts) / num_workers()).unbind()
@@ -178,13 +190,14 @@ class PerForegroundOnAverage(nn.Module):
     """
 
     statistics = ("average",)  # see balanced_det.engine.checkpoint
+    average: torch.Tensor
 
     def __init__(self, initial: float, momentum: float = 0.9):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("average", torch.tensor(float(initial)))
 
-    def forward(self, rows: Rows, quota: Quota):
+    def forward(self, rows: Rows, quota: Quota) -> torch.Tensor:
         """Take the batch into the average and return it, a 0-dim tensor."""
         count = rows.foreground.sum().clamp(min=1).to(self.average.dtype)
         count = sum_over_workers(count) / num_workers()
@@ -202,7 +215,13 @@ class Selection(nn.Module):
         rows_per_image, positive_fraction: the sampler's :class:`Quota`.
     """
 
-    def __init__(self, sampler, normalizer=None, rows_per_image=512, positive_fraction=0.25):
+    def __init__(
+        self,
+        sampler: Sampler,
+        normalizer: Callable[[Rows, Quota], float | torch.Tensor] | None = None,
+        rows_per_image: int = 512,
+        positive_fraction: float = 0.25,
+    ):
         super().__init__()
         self.sampler = sampler
         if normalizer is None:
@@ -211,7 +230,7 @@ class Selection(nn.Module):
         self.quota = Quota(rows_per_image, positive_fraction)
 
     @torch.no_grad()
-    def forward(self, rows: Rows, row_losses=None) -> Rows:
+    def forward(self, rows: Rows, row_losses: Callable[[], torch.Tensor] | None = None) -> Rows:
         """Return the rows with those ignored that do not take part; ``rows`` stay as they are.
 
         Args:
@@ -221,11 +240,11 @@ class Selection(nn.Module):
         """
         if rows.labels.numel() == 0:
             return rows
-        if self.sampler.needs_losses:
+        if self.sampler.needs_losses and row_losses is not None:
             rows = dataclasses.replace(rows, losses=row_losses())
         return rows.keep(self.sampler(rows, self.quota))
 
-    def normalizer(self, rows: Rows):
+    def normalizer(self, rows: Rows) -> float | torch.Tensor:
         """Return what the losses over ``rows``, which take part, are divided by.
 
         To be asked once a step, since a normalizer may keep an average.

@@ -4,7 +4,15 @@ A counted threshold is a share of the rows that are foreground: N_f / N for ever
 official code has it, or theta_j = (N_f / N) (n_j / sum_k n_k), as the paper has it. Dense detectors
 count their rows before the training, region heads while they train; both keep what they counted in
 buffers, so that evaluation needs no training set.
+
+The official code has it for RetinaNet alone, without a floor and (K + 1) / K times as large: it
+makes N_f / N of the prior N_f / (N K), and takes background for a class then. Its region head has
+the fixed threshold 0.0001, and its RetinaNet an NMS of 0.55. The fragments
+``sampling_free_published`` are that.
 """
+
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -29,22 +37,22 @@ class ScoreThreshold(nn.Module):
         needs: the constructor's arguments that are counted in the training set.
     """
 
-    counts = False
-    needs = ()
+    counts: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, fixed, num_classes):
+    def __init__(self, fixed: float, num_classes: int):
         super().__init__()
         self.fixed = fixed
 
     @property
-    def value(self):
+    def value(self) -> float | torch.Tensor:
         """The threshold: a number, or (K,)."""
         return self.fixed
 
-    def set_row_counts(self, num_foreground, num_rows):
+    def set_row_counts(self, num_foreground: float, num_rows: float) -> None:
         """Set N_f and N, where this threshold counts."""
 
-    def observe(self, is_foreground, takes_part):
+    def observe(self, is_foreground: torch.Tensor, takes_part: torch.Tensor) -> None:
         """Add the rows of a training step, of all workers, to N_f and N, where it counts.
 
         Args:
@@ -71,8 +79,10 @@ class CountedThreshold(ScoreThreshold):
     """
 
     counts = True
+    row_counts: torch.Tensor
+    class_share: torch.Tensor
 
-    def __init__(self, fixed, num_classes, floor=0.001):
+    def __init__(self, fixed: float, num_classes: int, floor: float = 0.001):
         super().__init__(fixed, num_classes)
         if not 0 <= floor <= 1:
             raise InputError(f"{type(self).__name__}: floor must be in [0, 1], not {floor}.")
@@ -81,18 +91,18 @@ class CountedThreshold(ScoreThreshold):
         self.register_buffer("class_share", torch.ones(num_classes))
 
     @property
-    def value(self):
+    def value(self) -> torch.Tensor:
         """The threshold, (K,)."""
         num_foreground, num_rows = self.row_counts.unbind()
         counted = (num_foreground / num_rows * self.class_share).clamp(min=self.floor)
         return torch.where(num_rows > 0, counted, self.fixed).float()
 
-    def set_row_counts(self, num_foreground, num_rows):
+    def set_row_counts(self, num_foreground: float, num_rows: float) -> None:
         """Set N_f and N."""
         self.row_counts.copy_(torch.tensor([num_foreground, num_rows]))
 
     @torch.no_grad()
-    def observe(self, is_foreground, takes_part):
+    def observe(self, is_foreground: torch.Tensor, takes_part: torch.Tensor) -> None:
         """Add the rows of a training step, of all workers; see the base."""
         counts = torch.stack([is_foreground.sum(), takes_part.sum()])
         self.row_counts += sum_over_workers(counts)
@@ -104,7 +114,15 @@ class ForegroundThreshold(CountedThreshold):
 
     Args:
         fixed, num_classes, floor: as in :class:`CountedThreshold`.
+        counts_background: (K + 1) / K times as much, as the official code has it.
     """
+
+    def __init__(
+        self, fixed: float, num_classes: int, floor: float = 0.001, counts_background: bool = False
+    ):
+        super().__init__(fixed, num_classes, floor)
+        if counts_background:
+            self.class_share.fill_((num_classes + 1) / num_classes)
 
 
 @SCORE_THRESHOLDS.register
@@ -118,7 +136,13 @@ class ClassAdaptiveThreshold(CountedThreshold):
 
     needs = ("instance_count",)
 
-    def __init__(self, fixed, num_classes, instance_count=None, floor=0.001):
+    def __init__(
+        self,
+        fixed: float,
+        num_classes: int,
+        instance_count: Sequence[float] | torch.Tensor | None = None,
+        floor: float = 0.001,
+    ):
         super().__init__(fixed, num_classes, floor)
         if instance_count is not None:
             self.class_share.copy_(class_adaptive_thresholds(1, 1, instance_count))

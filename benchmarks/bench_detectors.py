@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model as build_stock_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
@@ -28,7 +27,7 @@ from timing import synchronize
 
 import balanced_det.detectors  # noqa: F401  (registers them)
 from balanced_det.build import build_model
-from balanced_det.config import add_balanced_det_config
+from balanced_det.config import load_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GIB = 2**30
@@ -42,7 +41,7 @@ RCNN = [
 ]
 CASCADE = [*RCNN, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]
 
-# name: (config, number of classes, our keys, keys that make it Detectron2's own detector)
+# name: (config and fragments, number of classes, our keys, keys that make it Detectron2's own)
 DETECTORS = {
     "Mask R-CNN R-50 with EQL, 1203 classes": (
         "lvis_v1/mask_rcnn_R_50_FPN_1x_eql.yaml",
@@ -51,19 +50,19 @@ DETECTORS = {
         RCNN,
     ),
     "Faster R-CNN R-50 with EQL, 1203 classes": (
-        "lvis_v1/faster_rcnn_R_50_FPN_1x_eql.yaml",
+        "lvis_v1/faster_rcnn_R_50_FPN_1x.yaml+eql",
         1203,
         [],
         RCNN,
     ),
     "Cascade Mask R-CNN R-50 with EQL, 1203 classes": (
-        "lvis_v1/cascade_mask_rcnn_R_50_FPN_1x_eql.yaml",
+        "lvis_v1/cascade_mask_rcnn_R_50_FPN_1x.yaml+eql",
         1203,
         [],
         CASCADE,
     ),
     "RetinaNet R-50, 1203 classes": (
-        "lvis_v1/Base-RetinaNet.yaml",
+        "lvis_v1/retinanet_R_50_FPN_1x.yaml",
         1203,
         [],
         RETINANET,
@@ -90,15 +89,13 @@ def build(config, device, opts, stock):
     """Return a detector in training mode; its class frequencies are random.
 
     Args:
-        config: path within ``configs``.
+        config: path within ``configs``, and names of fragments after a "+" each.
         device: "cuda" or "cpu".
         opts: keys and values to set.
         stock: build it as Detectron2 does, not as this project.
     """
-    cfg = get_cfg()
-    add_balanced_det_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / config), allow_unsafe=False)
-    cfg.MODEL.DEVICE = device
+    file, *fragments = config.split("+")
+    cfg = load_config(str(CONFIGS / file), fragments=fragments, MODEL__DEVICE=device)
     cfg.merge_from_list(opts)
     torch.manual_seed(0)
     model = (build_stock_model(cfg) if stock else build_model(cfg, count=False)).train()

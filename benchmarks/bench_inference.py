@@ -1,16 +1,22 @@
 #!/usr/bin/env python
 """Time of inference, ours beside Detectron2's own detector with the same weights, in one run.
 
-    python benchmarks/bench_inference.py [--device cuda|cpu] [--out FILE] [--only retinanet]
+    python benchmarks/bench_inference.py [--device cuda|cpu] [--out FILE]
+    python benchmarks/bench_inference.py --only retinanet --classes 80 1203 --rounds 2
+    python benchmarks/bench_inference.py --only run_lengths
 
-One random image (800 x 1216 on CUDA) and 1,203 classes. Weights are random; the last layer is
-scaled so that its logits spread as a trained one's do, around a probability of 1/3000. Ours and
-Detectron2's take turns; a time is the median over calls, each waited for.
+One random image (800 x 1216 on CUDA), 1,203 classes unless others are given. What ``--only`` names
+is measured alone; ``run_lengths`` is the step from masks in their boxes to run lengths, which needs
+no detector. Each result is printed and written as soon as it is there.
+
+Weights are random; the last layer is scaled so that its logits spread as a trained one's do, around
+a probability of 1/3000. Ours and Detectron2's take turns; a time is the median over calls, each
+waited for.
 
 Detectron2's region head takes the sigmoid of bfloat16 logits in bfloat16, ours in float32. So that
 both rank the same scores, it is given float32 ones here. Detections are compared before they are
 timed, in float32, with Detectron2's NMS set to suppress one class at a time: its other way shifts
-boxes, which rounds them. A difference ends the run with an error, after the results are written.
+boxes, which rounds them. A difference ends the run with an error, after all else is measured.
 """
 
 import argparse
@@ -36,48 +42,38 @@ from balanced_det.config import add_balanced_det_config
 from balanced_det.detectors.masks import MasksAsRLE, masks_to_rle
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-NUM_CLASSES = 1203
 LOGIT_MEAN, LOGIT_STD = -8.0, 1.5
 # How far equal detections may lie apart: probabilities and pixels.
 SCORE_ROUNDING, BOX_ROUNDING = 1e-5, 1e-2
 
-MASK_RCNN = [
-    *("MODEL.MASK_ON", True, "MODEL.ROI_HEADS.NUM_CLASSES", NUM_CLASSES),
-    *("BALANCE.ROI_HEADS.CLASSIFICATION_LOSS", "EqualizationLoss"),
-]
 STOCK_RCNN = [
     *("MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
     *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
     *("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True),
 ]
-RETINANET = ["MODEL.RETINANET.NUM_CLASSES", NUM_CLASSES]
 STOCK_RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
-RCNN_THRESHOLD = "MODEL.ROI_HEADS.SCORE_THRESH_TEST"
-RETINANET_THRESHOLD = "MODEL.RETINANET.SCORE_THRESH_TEST"
+RCNN_THRESHOLDS = 1e-4, 0.0
+RETINANET_THRESHOLDS = 0.05, 1e-4
+RUN_LENGTHS = "masks to run lengths"
 
-# name: (config, our keys, keys that make it Detectron2's own detector)
-DETECTORS = {
-    "Mask R-CNN R-50 with EQL, threshold 1e-4": (
-        "Base-RCNN-FPN.yaml",
-        [*MASK_RCNN, RCNN_THRESHOLD, 1e-4],
-        STOCK_RCNN,
-    ),
-    "Mask R-CNN R-50 with EQL, threshold 0": (
-        "Base-RCNN-FPN.yaml",
-        [*MASK_RCNN, RCNN_THRESHOLD, 0.0],
-        STOCK_RCNN,
-    ),
-    "RetinaNet R-50, threshold 0.05": (
-        "Base-RetinaNet.yaml",
-        [*RETINANET, RETINANET_THRESHOLD, 0.05],
-        STOCK_RETINANET,
-    ),
-    "RetinaNet R-50, threshold 1e-4": (
-        "Base-RetinaNet.yaml",
-        [*RETINANET, RETINANET_THRESHOLD, 1e-4],
-        STOCK_RETINANET,
-    ),
-}
+
+def detectors(classes):
+    """Return {name: (config, our keys, keys that make it Detectron2's own detector)}."""
+    rcnn = [
+        *("MODEL.MASK_ON", True, "MODEL.ROI_HEADS.NUM_CLASSES", classes),
+        *("BALANCE.ROI_HEADS.CLASSIFICATION_LOSS", "EqualizationLoss"),
+    ]
+    found = {}
+    for threshold in RCNN_THRESHOLDS:
+        keys = [*rcnn, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", threshold]
+        name = f"Mask R-CNN R-50 with EQL, {classes} classes, threshold {threshold:g}"
+        found[name] = ("Base-RCNN-FPN.yaml", keys, STOCK_RCNN)
+    for threshold in RETINANET_THRESHOLDS:
+        keys = ["MODEL.RETINANET.NUM_CLASSES", classes]
+        keys += ["MODEL.RETINANET.SCORE_THRESH_TEST", threshold]
+        name = f"RetinaNet R-50, {classes} classes, threshold {threshold:g}"
+        found[name] = ("Base-RetinaNet.yaml", keys, STOCK_RETINANET)
+    return found
 
 
 def build(config, device, opts, stock=None):
@@ -193,9 +189,8 @@ def _calls(models, function, inputs, amp, device):
     return {side: lambda model=model: call(model) for side, model in models.items()}
 
 
-def measure_detector(name, inputs, args):
+def measure_detector(name, config, own, stock, inputs, args):
     """Yield one result a kind of arithmetic: detections, and run lengths where there are masks."""
-    config, own, stock = DETECTORS[name]
     models = pair(config, args.device, own, stock, inputs)
     with mock.patch.object(box_ops, "_batched_nms_coordinate_trick", box_ops._batched_nms_vanilla):
         found = {side: detections(model, inputs) for side, model in models.items()}
@@ -233,7 +228,7 @@ def measure_masks(size, args):
     }
     same = sides["ours"]() == sides["Detectron2"]()
     return {
-        "what": f"{args.masks} masks to run lengths",
+        "what": f"{args.masks} {RUN_LENGTHS}",
         "arithmetic": "float32",
         "detections": args.masks,
         "difference": None if same else "other run lengths",
@@ -250,7 +245,10 @@ def main():
     """Measure, print a Markdown table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", default="", help="part of what is measured, by name")
+    parser.add_argument(
+        "--only", default="", help="measure what has this in its name: retinanet, run_lengths, ..."
+    )
+    parser.add_argument("--classes", type=int, nargs="+", default=[1203])
     parser.add_argument("--repeats", type=int, default=7, help="calls a turn")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each")
     parser.add_argument("--size", type=int, nargs=2, help="height and width of the image")
@@ -262,20 +260,28 @@ def main():
     inputs = [{"image": image.to(args.device), "height": size[0], "width": size[1]}]
 
     rows = []
-    with mock.patch.object(FastRCNNOutputLayers, "predict_probs", _float32_scores):
-        for name in DETECTORS:
-            if args.only.lower() in name.lower():
-                for row in measure_detector(name, inputs, args):
-                    rows.append(row)
-                    print(row, flush=True)
-    if args.only.lower() in "masks to run lengths":
-        rows.append(measure_masks(size, args))
+    for row in measured(inputs, size, args):
+        rows.append(row)
+        print(row, flush=True)
+        if args.out:
+            device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+            content = {"device": device, "image": size, "rows": rows}
+            args.out.write_text(json.dumps(content, indent=1))
     print(_table(rows))
-    if args.out:
-        device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-        args.out.write_text(json.dumps({"device": device, "image": size, "rows": rows}, indent=1))
     if any(row["difference"] for row in rows):
         sys.exit("Detections differ, see the table.")
+
+
+def measured(inputs, size, args):
+    """Yield the results one after the other, the quick one first."""
+    only = args.only.lower().replace("_", " ")
+    if only in RUN_LENGTHS:
+        yield measure_masks(size, args)
+    with mock.patch.object(FastRCNNOutputLayers, "predict_probs", _float32_scores):
+        for classes in args.classes:
+            for name, keys in detectors(classes).items():
+                if only in name.lower():
+                    yield from measure_detector(name, *keys, inputs, args)
 
 
 def _table(rows):

@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# A file of ``configs``, and fragments after a "+" each.
 CONFIGS = {
     "Mask R-CNN R-50 with EQL": "lvis_v1/mask_rcnn_R_50_FPN_1x_eql.yaml",
-    "RetinaNet R-50 with GHM": "lvis_v1/retinanet_R_50_FPN_1x_ghmc_ghmr.yaml",
+    "RetinaNet R-50 with GHM": "lvis_v1/retinanet_R_50_FPN_1x.yaml+ghmc_ghmr",
 }
 
 
@@ -43,8 +44,10 @@ def run(folder, config, gpus, *arguments):
     """Run ``train_net.py`` and return (its seconds, its output folder)."""
     output = folder / "output"
     command = [sys.executable, str(ROOT / "train_net.py"), "--num-gpus", str(gpus)]
-    command += ["--config-file", str(ROOT / "configs" / config), *arguments]
-    command += [*options(folder, config), "OUTPUT_DIR", str(output)]
+    file, *fragments = config.split("+")
+    command += ["--config-file", str(ROOT / "configs" / file)]
+    command += ["--with", *fragments] if fragments else []
+    command += [*arguments, *options(folder, config), "OUTPUT_DIR", str(output)]
     environment = {**os.environ, "DETECTRON2_DATASETS": str(folder), "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -97,7 +100,8 @@ def make_weights(folder):
     from balanced_det.config import load_config
 
     for config in CONFIGS.values():
-        cfg = load_config(str(ROOT / "configs" / config), ["MODEL.DEVICE", "cpu"])
+        file, *fragments = config.split("+")
+        cfg = load_config(str(ROOT / "configs" / file), fragments=fragments, MODEL__DEVICE="cpu")
         torch.manual_seed(0)
         model = build_model(cfg)
         for name, module in model.named_modules():

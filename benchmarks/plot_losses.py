@@ -29,7 +29,7 @@ def main():
     figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
     for index, run in enumerate(args.runs):
         iterations, losses = read_curve(run / "metrics.json")
-        label = run.name.removesuffix("_seed0").removeprefix("retinanet_").replace("_", " ")
+        label = run.name.removesuffix("_seed0").replace("_", " ")
         line = ("-", "--", ":")[index // 7]
         axes.plot(iterations, losses, line, label=label, color=f"C{index % 7}", linewidth=1.4)
     axes.set(xlabel="iteration", ylabel="classification loss, unscaled", yscale="log")

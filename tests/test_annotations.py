@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 
 import fuzz
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_util
 
+from balanced_det.data import annotations, columns
 from balanced_det.data.annotations import MAX_SIDE, read_annotations
 from balanced_det.data.run_lengths import check_run_lengths, counts_of
 from balanced_det.errors import InputError, printable
@@ -221,6 +223,45 @@ def test_the_dictionary_is_left_as_it_was():
     content = fuzz.lvis_content()
     read_annotations(content)
     assert content == fuzz.lvis_content()
+
+
+def outcome_of(read, content):
+    """The columns that a reader returns, or the sentence with which it refuses."""
+    entries = (annotations._categories(content["categories"], "here"),)
+    entries += (annotations._images(content["images"], "here"),)
+    try:
+        return read(content["annotations"], *entries, "here")
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("content", [fuzz.lvis_content, fuzz.coco_content])
+def test_objects_read_by_column_are_those_read_one_by_one(content, monkeypatch):
+    monkeypatch.setattr(columns, "PART", 3)
+    found = outcome_of(annotations._plain_objects, content())
+    np.testing.assert_equal(found, outcome_of(annotations._checked_objects, content()))
+    assert found is not None
+
+
+@pytest.mark.parametrize(
+    "key", ["id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "segmentation"]
+)
+def test_one_object_that_is_not_plain_is_read_or_refused_as_if_it_stood_alone(key, monkeypatch):
+    monkeypatch.setattr(columns, "PART", 2)
+
+    def check(change):
+        content = changed(lambda c: change(c["annotations"][2]))
+        with monkeypatch.context() as alone:
+            alone.setattr(annotations, "_plain_objects", lambda *_: None)
+            expected = outcome_of(annotations._objects, content)
+        np.testing.assert_equal(outcome_of(annotations._objects, content), expected)
+        return isinstance(expected, str)
+
+    boxes = [[1, 2, 3, value] for value in fuzz.ODD_VALUES]
+    values = [*fuzz.ODD_VALUES, np.int64(7), np.float32(7), np.True_, Decimal(7), *boxes]
+    refused = sum(check(lambda entry, v=value: entry.update({key: v})) for value in values)
+    assert refused
+    check(lambda entry: entry.pop(key, None))
 
 
 # --- Files ----------------------------------------------------------------------------------------

@@ -112,6 +112,26 @@ def test_balanced_l1_gradient_is_its_definition(alpha, gamma, beta):
         torch.testing.assert_close(gradient, sign * expected, rtol=1e-10, atol=1e-13 * gamma)
 
 
+@pytest.mark.parametrize("beta", [0.11, 1.0])
+def test_balanced_l1_as_published_divides_inside_the_logarithm_only(beta):
+    size = torch.tensor([0, 1e-4, 0.03, 0.1, 0.109, 0.111, 0.5, 0.99, 1.01, 3], dtype=torch.float64)
+    found = balanced_l1_loss(-size, 0 * size, beta=beta, reduction="none", as_published=True)
+    b = math.e**3 - 1
+    expected = [
+        0.5 / b * (b * x + 1) * math.log(b * x / beta + 1) - 0.5 * x
+        if x < beta
+        else 1.5 * x + 1.5 / b - 0.5 * beta
+        for x in size.tolist()
+    ]
+    # Float64 rounding of terms of at most 5.
+    assert found.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    # At no error the slope is alpha (1 / beta - 1), where the paper has none.
+    slope = gradient_of(torch.tensor([1e-12], dtype=torch.float64), beta=beta, as_published=True)
+    assert slope.item() == pytest.approx(0.5 * (1 / beta - 1), abs=1e-9)
+    same = balanced_l1_loss(-size, 0 * size, beta=beta, reduction="none")
+    assert torch.allclose(found, same, rtol=1e-12, atol=0) == (beta == 1)
+
+
 @settings(deadline=None)  # a slow machine is no failure
 @given(alpha=alphas, gamma=gammas, beta=betas)
 def test_balanced_l1_is_smooth_and_bounded(alpha, gamma, beta):

@@ -93,13 +93,21 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def comparison(*folders, draws=200):
+def comparison(*folders, draws=200, jobs=1):
     return compare.compare_runs(
-        [(folder.name, [runs.read_run(folder)], []) for folder in folders], draws=draws
+        [(folder.name, [runs.read_run(folder)], []) for folder in folders], draws=draws, jobs=jobs
     )
 
 
 # --- The numbers ----------------------------------------------------------------------------------
+
+
+def test_runs_that_are_evaluated_side_by_side_have_the_same_numbers(two):
+    _, _, good, bad = two
+    alone, together = comparison(bad, good, bad), comparison(bad, good, bad, jobs=2)
+    for first, second in zip(alone.entries, together.entries, strict=True):
+        np.testing.assert_array_equal(first.metrics, second.metrics)
+        np.testing.assert_array_equal(first.classes, second.classes)
 
 
 def test_intervals_are_those_of_evaluating_each_draw_of_images(two):
@@ -430,11 +438,11 @@ def test_a_python_config_takes_its_own_words(tmp_path):
 
 def test_configs_of_one_name_are_told_apart_by_their_folders():
     setups = [
-        runs.parse_setup(f"configs/{folder}/libra_retinanet_R_50_FPN_1x.yaml")
+        runs.parse_setup(f"configs/{folder}/retinanet_R_50_FPN_1x.yaml")
         for folder in ("coco", "lvis_v1")
     ]
     names = [setup.name for setup in runs.distinct_names(setups)]
-    assert names == [f"{f}-libra_retinanet_R_50_FPN_1x" for f in ("coco", "lvis_v1")]
+    assert names == [f"{f}-retinanet_R_50_FPN_1x" for f in ("coco", "lvis_v1")]
     with pytest.raises(InputError, match="listed twice"):
         runs.distinct_names([setups[0], setups[0]])
 
@@ -500,7 +508,7 @@ def tiny(tmp_path_factory):
     data = shapes.generate(folder / "drawn", classes=6, train=20, val=12, size=64)
     sets = [[str(p), str(p), str(data.image_root)] for p in (data.train_json, data.val_json)]
     keys = {
-        "_BASE_": str(ROOT / "configs/Base-shapes-RCNN.yaml"),
+        "_BASE_": str(ROOT / "configs/shapes/faster_rcnn.yaml"),
         "BALANCE": {"DATASETS": sets},
         "DATASETS": {"TRAIN": [sets[0][0]], "TEST": [sets[1][0]]},
         "DATALOADER": {"NUM_WORKERS": 0},

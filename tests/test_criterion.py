@@ -7,6 +7,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from balanced_det.criterion import Criterion
 from balanced_det.errors import InputError
 from balanced_det.losses import CrossEntropyLoss, GIoULoss, SmoothL1Loss
+from balanced_det.rows import rows_of_levels
 
 
 def make_rows():
@@ -55,3 +56,14 @@ def test_guided_scale_follows_all_box_losses():
 def test_weights_and_box_losses_must_be_equally_many(box_loss, weight):
     with pytest.raises(InputError, match="box losses got"):
         Criterion(CrossEntropyLoss(3), box_loss, box_weight=weight)
+
+
+def test_box_losses_are_told_the_level_of_each_foreground_row():
+    row = torch.tensor([0, 5, 6, 9, 2, 6])  # places among 6 + 3 + 2 rows
+    masks = rows_of_levels(row, [6, 3, 2])
+    assert masks.tolist() == [
+        [True, True, False, False, True, False],
+        [False, False, True, False, False, True],
+        [False, False, False, True, False, False],
+    ]
+    assert rows_of_levels(row[:0], [6, 3]).shape == (2, 0)

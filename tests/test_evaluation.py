@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import types
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import models
@@ -17,7 +19,7 @@ from detectron2.structures import Boxes, Instances
 from distributed import run_workers
 from pycocotools import mask as masks
 
-from balanced_det.data import shapes
+from balanced_det.data import columns, shapes
 from balanced_det.data.annotations import read_annotations
 from balanced_det.data.registration import register_datasets
 from balanced_det.data.run_lengths import counts_of
@@ -26,6 +28,7 @@ from balanced_det.errors import InputError
 from balanced_det.evaluation import (
     METRICS,
     BalancedLVISEvaluator,
+    Matcher,
     build_evaluator,
     detections,
     evaluate_lvis,
@@ -878,6 +881,81 @@ def test_detections_read_by_column_are_those_read_one_by_one(iou_type):
     assert vars(fast).keys() == vars(plain).keys()
     for name, column in vars(plain).items():
         np.testing.assert_array_equal(getattr(fast, name), column)
+
+
+def outcome_of(read, *arguments):
+    """The columns that a reader returns, or the sentence with which it refuses."""
+    try:
+        return {name: np.array(column) for name, column in vars(read(*arguments)).items()}
+    except InputError as error:
+        return str(error)
+
+
+NOT_PLAIN = (True, np.True_, None, "1", "1.0", 1.0, 1.5, np.float32(1), np.int64(1), 1j, {}, [1])
+NOT_PLAIN += (Decimal(1), Fraction(1), 10**400, 2**63, -1, math.nan, -math.inf, b"1", np.ones(1))
+NOT_PLAIN_BOXES = (
+    *((1, 2, 3, 4), [1, 2, 3], [1, 2, 3, 4, 5], "1234", {1: 1, 2: 2, 3: 3, 4: 4}, None, 3),
+    *([1, 2, 3, x] for x in NOT_PLAIN),
+    *(np.ones(4), np.ones((4, 1)), [[1], [2], [3], [4]], range(4)),
+)
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_one_value_that_is_not_plain_is_read_or_refused_as_if_it_stood_alone(iou_type, monkeypatch):
+    monkeypatch.setattr(columns, "PART", 2)
+    truth = read_annotations(hand_made())
+    shape = {"bbox": NOT_PLAIN_BOXES}
+    changes = dict.fromkeys(("image_id", "category_id", "score"), NOT_PLAIN) | shape
+    refused = 0
+    for key, values in changes.items():
+        for value in values:
+            rows = [*PERFECT[:3], {**PERFECT[3], key: value}]
+            found = outcome_of(read_detections, rows, truth, iou_type)
+            expected = outcome_of(detections._checked_columns, rows, truth, iou_type)
+            np.testing.assert_equal(found, expected)
+            refused += isinstance(found, str)
+        rows = [*PERFECT[:3], without(PERFECT[3], key)]
+        found = outcome_of(read_detections, rows, truth, iou_type)
+        np.testing.assert_equal(
+            found, outcome_of(detections._checked_columns, rows, truth, iou_type)
+        )
+    assert refused > 30
+
+
+def test_equal_scores_count_in_the_order_of_the_list(lvis_package):
+    # Far more of one class and score than a sort leaves in order by chance.
+    content = hand_made()
+    generator = np.random.default_rng(3)
+    found = []
+    for _ in range(900):
+        box = np.add((60, 60, 50, 50), generator.integers(-15, 15, 4)).tolist()
+        score = round(float(generator.integers(1, 4)) / 10, 1)
+        found.append(box_detection(int(generator.integers(1, 4)), 9, box, score))
+    for max_dets in (100, 300, 1000):
+        ours = evaluate_lvis(content, found, "bbox", max_dets)
+        theirs = lvis_numbers(lvis_package, content, found, "bbox", max_dets)
+        assert ours == pytest.approx({metric: theirs[metric] for metric in METRICS}, abs=SAME)
+        assert 0 < ours["APc"] < 1
+
+
+@pytest.mark.parametrize("content", [hand_made(), coco_format(hand_made())], ids=["LVIS", "COCO"])
+def test_a_class_of_the_model_that_the_annotations_lack_is_left_out(content):
+    matcher = Matcher(read_annotations(content))
+    box = np.array([[10.0, 10.0, 20.0, 20.0]])
+    matcher.update(0, np.array([-1, 0]), np.array([0.9, 0.8]), np.repeat(box, 2, axis=0))
+    # One of two objects is found by a detection that nothing stands before: 51 of 101 points.
+    assert matcher.result().classes[0].ap == pytest.approx(51 / 101, abs=SAME)
+
+
+def test_an_image_is_evaluated_once_however_it_is_given():
+    truth = read_annotations(hand_made())
+    matcher = Matcher(truth)
+    none = np.zeros(0, dtype=np.int64)
+    matcher.update(1, none, np.zeros(0), np.zeros((0, 4)))
+    with pytest.raises(InputError, match="Image 2 is evaluated twice"):
+        matcher.update(1, none, np.zeros(0), np.zeros((0, 4)))
+    with pytest.raises(InputError, match="Image 2 is evaluated twice"):
+        matcher.update_all(read_detections(PERFECT, truth, "bbox"))
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])

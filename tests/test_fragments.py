@@ -1,76 +1,89 @@
-"""Fragments of ``configs/methods``: each fits its detectors, and stands for the files shipped."""
+"""Fragments of ``configs/methods``: each fits its detectors, and is refused elsewhere."""
 
 import pytest
 import yaml
-from test_configs import FOLDER, FRAGMENTS, relative
+from shipped_configs import BASES, FITTING, FOLDER, FRAGMENTS, SMALL, load, relative
 from test_detectors import assert_one_sentence
 
 from balanced_det.build import build_model
 from balanced_det.config import load_config, parse_args
-from balanced_det.config.reads import leaves
 from balanced_det.cosine import CosineLinear
+from balanced_det.engine import train_only
 from balanced_det.errors import InputError
 
-BASES = {
-    "rcnn": ("lvis_v1/Base-Faster-RCNN-FPN", "lvis_v1/Base-Cascade-Mask-RCNN-FPN", "quickstart"),
-    "retinanet": ("lvis_v1/Base-RetinaNet", "Base-shapes-RetinaNet", "shapes/retinanet_ghmc"),
-    "fcos": ("lvis_v1/Base-FCOS", "Base-shapes-FCOS"),
-}
-FITTING = {
-    detector: sorted(
-        path.stem for path in (*FRAGMENTS.glob("*.yaml"), *(FRAGMENTS / detector).glob("*.yaml"))
-    )
-    for detector in BASES
-}
-# Calibrating a softmax, on a base whose loss is none.
-NO_SOFTMAX = ("quickstart", "norcal")
-PAIRS = [
-    (base, fragment)
-    for detector, bases in BASES.items()
-    for base in bases
-    for fragment in FITTING[detector]
-    if (base, fragment) != NO_SOFTMAX
-]
-# Each fragment with a base of each detector that it is not for.
+PAIRS = [(detector, fragment) for detector in BASES for fragment in FITTING[detector]]
+# Each fragment with each detector that it is not for.
 STRANGERS = [
-    (bases[0], fragment)
-    for detector, bases in BASES.items()
+    (detector, fragment)
+    for detector in BASES
     for fragment in sorted({path.stem for path in FRAGMENTS.rglob("*.yaml")})
     if fragment not in FITTING[detector]
 ]
 
 
-def load(base, *fragments):
-    path = str(FOLDER / f"{base}.yaml")
-    return load_config(path, fragments=fragments, MODEL__DEVICE="cpu")
+def test_every_detector_has_a_base_on_every_data_set_that_serves_it():
+    for detector in ("retinanet", "fcos"):
+        large = [f"{data}/{detector}_R_50_FPN_1x" for data in ("coco", "lvis_v1")]
+        assert BASES[detector] == [*large, f"shapes/{detector}"]
+    large = {
+        f"{data}/{detector}_R_50_FPN_1x"
+        for data in ("coco", "lvis_v0.5", "lvis_v1")
+        for detector in ("faster_rcnn", "mask_rcnn", "cascade_mask_rcnn")
+    }
+    assert {*large, "shapes/faster_rcnn"} <= {*BASES["rcnn"]}
 
 
-@pytest.mark.parametrize("base, fragment", PAIRS)
-def test_a_fragment_builds_a_model_on_every_base_that_it_fits(base, fragment):
-    build_model(load(base, fragment), count=False)
+@pytest.mark.parametrize("detector, fragment", PAIRS)
+def test_a_fragment_is_merged_over_every_base_that_it_fits(detector, fragment):
+    for base in BASES[detector]:
+        assert load(base, fragment).DATASETS == load(base).DATASETS
 
 
-@pytest.mark.parametrize("base, fragment", STRANGERS)
-def test_a_fragment_is_refused_for_a_detector_that_it_does_not_fit(base, fragment):
+@pytest.mark.parametrize("detector, fragment", PAIRS)
+def test_a_fragment_builds_a_model_of_every_detector_that_it_fits(detector, fragment):
+    cfg = load(SMALL[detector], fragment)
+    train_only(build_model(cfg, count=False), cfg.BALANCE.TRAIN_ONLY)
+
+
+@pytest.mark.parametrize("fragment", FITTING["rcnn"])
+def test_a_fragment_of_region_heads_builds_a_cascade(fragment):
+    cfg = load(SMALL["rcnn"], "cascade", fragment)
+    assert len(build_model(cfg, count=False).roi_heads.box_predictor) == 3
+
+
+@pytest.mark.parametrize("detector, fragment", STRANGERS)
+def test_a_fragment_is_refused_for_a_detector_that_it_does_not_fit(detector, fragment):
     with pytest.raises(InputError, match=f"^--with {fragment}: unknown for .*; known are: ") as no:
-        load(base, fragment)
+        load(SMALL[detector], fragment)
     assert_one_sentence(no.value)
 
 
 # Fragments of defaults, of Detectron2's own keys or of a backbone: no key of ours to be ignored.
-OF_ALL = {"softmax", "class_agnostic_boxes", "balanced_pyramid", "libra"}
+OF_ALL = {"softmax", "class_agnostic_boxes", "cascade"}
+OF_ALL |= {"balanced_pyramid", "libra", "libra_published"}
+# It names a part of the model to train, and is refused when that is looked for.
+PARTS = {"decoupled"}
 
 
-@pytest.mark.parametrize("fragment", sorted({*FITTING["rcnn"]} - {*FITTING["fcos"]} - OF_ALL))
+@pytest.mark.parametrize(
+    "fragment", sorted({*FITTING["rcnn"]} - {*FITTING["fcos"]} - OF_ALL - PARTS)
+)
 def test_a_fragment_of_region_heads_given_by_its_path_is_refused_for_a_dense_detector(fragment):
-    cfg = load("lvis_v1/Base-FCOS", str(FRAGMENTS / "rcnn" / f"{fragment}.yaml"))
+    cfg = load(SMALL["fcos"], str(FRAGMENTS / "rcnn" / f"{fragment}.yaml"))
     with pytest.raises(InputError, match="nothing in this model reads it"):
         build_model(cfg, count=False)
 
 
+def test_decoupled_training_of_a_dense_detector_is_refused():
+    cfg = load(SMALL["fcos"], str(FRAGMENTS / "rcnn" / "decoupled.yaml"))
+    with pytest.raises(InputError, match="TRAIN_ONLY") as refused:
+        train_only(build_model(cfg, count=False), cfg.BALANCE.TRAIN_ONLY)
+    assert_one_sentence(refused.value)
+
+
 def test_norcal_is_refused_for_what_is_no_softmax_and_fits_each_that_is():
     with pytest.raises(InputError, match="SCORE_CALIBRATION: NorCal needs scores") as refused:
-        build_model(load(*NO_SOFTMAX), count=False)
+        build_model(load("quickstart", "norcal"), count=False)
     assert_one_sentence(refused.value)
     for loss in ("softmax", "softmax_eql", "seesaw"):
         build_model(load("quickstart", loss, "norcal"), count=False)
@@ -78,6 +91,7 @@ def test_norcal_is_refused_for_what_is_no_softmax_and_fits_each_that_is():
 
 # The loss that each fragment of a loss means, wherever it fits.
 LOSSES = {
+    "bce": "BinaryCrossEntropyLoss",
     "drop_loss": "DropLoss",
     "ecm": "EffectiveClassMarginLoss",
     "efl": "EqualizedFocalLoss",
@@ -92,15 +106,15 @@ LOSSES = {
 
 @pytest.mark.parametrize("fragment", LOSSES)
 def test_a_fragment_of_a_loss_trains_that_loss(fragment):
-    for detector, bases in BASES.items():
+    for detector, base in SMALL.items():
         if fragment in FITTING[detector]:
-            model = build_model(load(bases[-1], fragment), count=False)
+            model = build_model(load(base, fragment), count=False)
             head = model.roi_heads.box_predictor if detector == "rcnn" else model
             assert type(head.criterion.classification_loss).__name__ == LOSSES[fragment]
 
 
 def test_seesaw_has_the_cosine_classifier_and_sampling_of_its_paper():
-    cfg = load("lvis_v1/Base-Mask-RCNN-FPN", "seesaw")
+    cfg = load("lvis_v1/mask_rcnn_R_50_FPN_1x", "seesaw")
     assert cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
     assert cfg.DATALOADER.REPEAT_THRESHOLD == 0.001
     layer = build_model(cfg, count=False).roi_heads.box_predictor.cls_score
@@ -108,56 +122,28 @@ def test_seesaw_has_the_cosine_classifier_and_sampling_of_its_paper():
     assert layer.scale == 20 and layer.out_features == 1203 + 2
 
 
-# A base, the fragments over it, and the file that has the same in one.
-EQUAL = [
-    ("lvis_v1/Base-Mask-RCNN-FPN", ["eql", "rfs"], "lvis_v1/mask_rcnn_R_50_FPN_1x_eql_rfs"),
-    ("lvis_v1/Base-Faster-RCNN-FPN", ["softmax"], "lvis_v1/faster_rcnn_R_50_FPN_1x_softmax"),
-    ("lvis_v1/Base-Cascade-Mask-RCNN-FPN", ["eql"], "lvis_v1/cascade_mask_rcnn_R_50_FPN_1x_eql"),
-    ("lvis_v0.5/Base-Mask-RCNN-FPN", ["eql"], "lvis_v0.5/mask_rcnn_R_50_FPN_1x_eql"),
-    ("Base-RCNN-FPN", ["sampling_free"], "coco/faster_rcnn_R_50_FPN_1x_sampling_free"),
-    ("Base-RCNN-FPN", ["libra"], "coco/libra_faster_rcnn_R_50_FPN_1x"),
-    ("Base-RCNN-FPN", ["rpn_ghm"], "coco/faster_rcnn_R_50_FPN_1x_rpn_ghm"),
-    ("Base-RCNN-FPN", ["ohem"], "coco/faster_rcnn_R_50_FPN_1x_ohem"),
-    ("Base-RetinaNet", ["sampling_free"], "coco/retinanet_R_50_FPN_1x_sampling_free"),
-    ("Base-RetinaNet", ["libra"], "coco/libra_retinanet_R_50_FPN_1x"),
-    ("Base-RetinaNet", ["ohem"], "coco/retinanet_R_50_FPN_1x_ohem"),
-    ("Base-shapes-RetinaNet", ["ghmc_ghmr"], "shapes/retinanet_ghmc_ghmr"),
-    ("Base-shapes-RetinaNet", ["balanced_l1"], "shapes/retinanet_balanced_l1"),
-    ("Base-shapes-RetinaNet", ["optimal_prior"], "shapes/retinanet_bias_only"),
-    ("Base-shapes-RetinaNet", ["guided"], "shapes/retinanet_guided_only"),
-    ("Base-shapes-RCNN", ["iou_balanced_sampling"], "shapes/faster_rcnn_iou_balanced_sampling"),
-    ("Base-shapes-FCOS", ["ghmc_ghmr"], "shapes/fcos_ghmc_ghmr"),
-    ("Base-shapes-FCOS", ["sampling_free"], "shapes/fcos_sampling_free"),
-]
-
-
-@pytest.mark.parametrize("base, fragments, file", EQUAL, ids=[file for *_, file in EQUAL])
-def test_fragments_over_a_base_are_the_shipped_file(base, fragments, file):
-    assert leaves(load(base, *fragments), "") == leaves(load(file), "")
-
-
 def test_a_list_of_bases_is_what_the_command_line_gives(tmp_path):
-    bases = ["lvis_v1/Base-Mask-RCNN-FPN", "methods/rcnn/eql", "methods/rfs"]
+    bases = ["lvis_v1/mask_rcnn_R_50_FPN_1x", "methods/rcnn/eql", "methods/rfs"]
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"_BASE_": [str(FOLDER / f"{base}.yaml") for base in bases]}))
     listed = load_config(str(path), MODEL__DEVICE="cpu")
-    assert listed == load("lvis_v1/Base-Mask-RCNN-FPN", "eql", "rfs")
+    assert listed == load("lvis_v1/mask_rcnn_R_50_FPN_1x", "eql", "rfs")
 
 
 def test_the_name_of_a_fragment_means_that_of_the_detector():
-    assert load("Base-RetinaNet", "ohem").BALANCE.DENSE.SAMPLER == "OHEMSampler"
-    assert load("Base-RCNN-FPN", "ohem").BALANCE.RPN.SAMPLER == "OHEMSampler"
+    assert load(SMALL["retinanet"], "ohem").BALANCE.DENSE.SAMPLER == "OHEMSampler"
+    assert load(SMALL["rcnn"], "ohem").BALANCE.RPN.SAMPLER == "OHEMSampler"
 
 
 def test_an_unknown_fragment_is_refused_with_those_that_fit():
     with pytest.raises(InputError, match="--with rpn_ghm: unknown for BalancedRetinaNet.*ghmc, "):
-        load("Base-RetinaNet", "rpn_ghm")
+        load(SMALL["retinanet"], "rpn_ghm")
 
 
 def test_a_fragment_may_be_a_path(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("SEED: 7")
-    assert load("Base-RetinaNet", str(path)).SEED == 7
+    assert load(SMALL["retinanet"], str(path)).SEED == 7
 
 
 @pytest.mark.parametrize("path", sorted(FRAGMENTS.rglob("*.yaml")), ids=relative)

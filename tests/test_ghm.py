@@ -50,8 +50,12 @@ class BruteForceDensity:
         return [len(index) / (len(density) * density[b]) for b in index]
 
 
-def brute_force(form, density, x, y):
-    """Return the loss (a float) and its gradient with respect to ``x`` (nested lists)."""
+def brute_force(form, density, x, y, of_batch=None):
+    """Return the loss (a float) and its gradient with respect to ``x`` (nested lists).
+
+    ``of_batch`` are the labels that decide whether there is foreground, where they are not ``y``.
+    """
+    of_batch = y if of_batch is None else of_batch
     terms = []  # (position in x, gradient length, loss, {position: gradient})
     for i, row in enumerate(x.tolist()):
         if form == "regression":
@@ -71,7 +75,7 @@ def brute_force(form, density, x, y):
             slope = {(i, j): p[j] - int(j == y[i]) for j in range(len(row))}
             terms.append((1 - p[y[i]], -math.log(p[y[i]]), slope))
     gradient = torch.zeros_like(x)
-    if form != "regression" and not ((y >= 0) & (y < K)).any() or not terms:
+    if form != "regression" and not ((of_batch >= 0) & (of_batch < K)).any() or not terms:
         return 0.0, gradient
     value = 0.0
     for weight, (_, loss, slope) in zip(density.weights([t[0] for t in terms]), terms):
@@ -121,6 +125,58 @@ def test_sequence_of_batches_equals_brute_force(form, bias_correction, momentum)
         # loses two digits.
         assert value.item() == pytest.approx(expected_value, rel=1e-11)
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "regression"])
+def test_levels_one_by_one_are_one_average_asked_once_a_level(form):
+    """The published code calls its loss for each level, and adds what comes."""
+    options = {"bins": 10, "momentum": 0.75, "bias_correction": False}
+    loss, oracle = BUILD[form](**options, per_level=True), BruteForceDensity(**options)
+    without_foreground = 0
+    for x, y in make_batches(form):
+        sizes = [len(x) - len(x) // 3 - len(x) // 5, len(x) // 3, len(x) // 5]  # fine to coarse
+        x = x.requires_grad_()
+        if form == "sigmoid":
+            value = loss(x.split(sizes), y.split(sizes), 1)
+            without_foreground += sum(bool((part >= K).all()) for part in y.split(sizes))
+        else:
+            level = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+            masks = level[order] == torch.arange(3).unsqueeze(1)  # rows of levels are mixed
+            value = loss(x[order], y[order], 1, masks)
+        value.backward()
+        parts = [
+            brute_force(form, oracle, a.detach(), b, y)
+            for a, b in zip(x.split(sizes), y.split(sizes))
+        ]
+        # Float64 rounding, as for one level.
+        assert value.item() == pytest.approx(sum(value for value, _ in parts), rel=1e-11)
+        expected = torch.cat([gradient for _, gradient in parts])
+        torch.testing.assert_close(x.grad, expected, rtol=1e-11, atol=1e-15)
+    # Such a level counts where the batch has foreground elsewhere, as it does as published.
+    assert without_foreground or form == "regression"
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "regression"])
+def test_levels_one_by_one_weigh_as_much_as_batches(form):
+    x, y = make_batches(form)[3]
+    levels = torch.ones(1, len(x), dtype=torch.bool).repeat(5, 1)  # five times the same rows
+    together, apart = BUILD[form](), BUILD[form](per_level=True)
+    if form == "sigmoid":
+        once, five = together([x] * 5, [y] * 5, 1), apart([x] * 5, [y] * 5, 1)
+    else:
+        once, five = together(x, y), apart(x, y, 1, levels)
+    # The average of equal counts is that count, so each level is the loss of its rows alone.
+    # Float64 rounding of sums of 120 terms.
+    assert five.item() == pytest.approx(5 * once.item(), rel=1e-13)
+
+
+def test_a_level_sees_the_average_that_the_finer_ones_left():
+    loss = GHMClassificationLoss(1, bins=2, momentum=0.5, bias_correction=False, per_level=True)
+    zero = torch.zeros(4, 1, dtype=torch.float64)  # p = 1/2: all in the upper bin
+    value = loss([zero, zero[:2]], [torch.tensor([0, 1, 1, 1]), torch.tensor([1, 1])], 1)
+    # Averages 0.5 x 4 = 2, then 0.5 x 2 + 0.5 x 2 = 2; n = 1: 4 ln 2 / 2 + 2 ln 2 / 2.
+    assert value.item() == pytest.approx(3 * math.log(2), rel=1e-14)
 
 
 @each_form

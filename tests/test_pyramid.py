@@ -1,6 +1,6 @@
 import pytest
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import Backbone
@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from balanced_det.config import add_balanced_det_config
 from balanced_det.errors import InputError
 from balanced_det.pyramid import BalancedFeaturePyramid, NonLocal, build_balanced_pyramid_backbone
 
@@ -46,9 +47,8 @@ def pyramid_on_given(count, channels=3, **kwargs):
 
 def config(builder, **pyramid):
     cfg = get_cfg()
-    cfg.BALANCE = CfgNode(
-        {"PYRAMID": {"BACKBONE": builder, "REFINE_LEVEL": 2, "REFINE_TYPE": "non_local"} | pyramid}
-    )
+    add_balanced_det_config(cfg)
+    cfg.BALANCE.PYRAMID.update({"BACKBONE": builder} | pyramid)
     cfg.MODEL.BACKBONE.NAME = "build_balanced_pyramid_backbone"
     cfg.MODEL.RESNETS.DEPTH = 18
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
@@ -85,6 +85,28 @@ def test_a_new_refinement_is_the_identity(refine_type):
     refined = pyramid_on_given(5, refine_type=refine_type)(levels)
     plain = pyramid_on_given(5, refine_type="none")(levels)
     assert all(torch.equal(refined[name], plain[name]) for name in levels)
+
+
+@pytest.mark.parametrize("refine_type, fans", [("non_local", 3 + 3), ("conv", 9 * (3 + 3))])
+def test_xavier_draws_every_layer_of_the_refinement(refine_type, fans):
+    torch.manual_seed(0)
+    pyramid = pyramid_on_given(5, channels=3, refine_type=refine_type, initialization="xavier")
+    weights = [p for name, p in pyramid.named_parameters() if name.endswith("weight")]
+    biases = [p for name, p in pyramid.named_parameters() if name.endswith("bias")]
+    assert len(weights) == len(biases) == {"non_local": 4, "conv": 1}[refine_type]
+    assert not any(bias.any() for bias in biases)
+    # Uniform within sqrt(6 / (fan_in + fan_out)): of 9 draws at least, one is beyond half of that
+    # but for a chance of 2^-9, and none is beyond it.
+    bound = (6 / fans) ** 0.5
+    assert all(bound / 2 < weight.abs().max() <= bound for weight in weights)
+    levels = levels_of([(12, 20), (6, 10), (3, 5), (2, 3), (1, 2)])
+    plain = pyramid_on_given(5, refine_type="none")(levels)
+    assert not torch.equal(pyramid(levels)["p2"], plain["p2"])
+
+
+def test_an_unknown_initialization_is_refused():
+    with pytest.raises(InputError, match="INITIALIZATION is 'zero'; known are: identity, xavier"):
+        pyramid_on_given(3, initialization="zero")
 
 
 def test_levels_get_the_average_of_maxima_and_neighbours():

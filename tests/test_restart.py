@@ -34,7 +34,7 @@ COMMON = {
 }
 DETECTORS = {
     "dense": (
-        "configs/Base-shapes-RetinaNet.yaml",
+        "configs/shapes/retinanet.yaml",
         {
             "DATALOADER.SAMPLER_TRAIN": "ClassAwareTrainingSampler",
             "MODEL.RETINANET.NUM_CLASSES": CLASSES,

@@ -40,6 +40,11 @@ def test_values_follow_the_formulas():
     assert value("FixedThreshold") == pytest.approx([0.05] * 5, rel=1e-6)
 
 
+def test_the_official_code_counts_background_among_the_classes():
+    published = value("ForegroundThreshold", floor=0.0, counts_background=True)
+    assert published == pytest.approx([40 / 1000 * 6 / 5] * 5, rel=1e-6)  # float32 rounding
+
+
 def test_floor_is_the_least_value():
     expected = [0.012, 0.005, 0.006, 0.005, 0.02]
     assert value("ClassAdaptiveThreshold", floor=0.005) == pytest.approx(expected, rel=1e-6)

@@ -155,7 +155,7 @@ def test_checkpoint_of_the_same_classes_in_another_order_is_refused(
 def retinanet_config(data, out, **overrides):
     sets = str(data.train_json), str(data.val_json)
     return load_config(
-        "configs/Base-shapes-RetinaNet.yaml",
+        "configs/shapes/retinanet.yaml",
         BALANCE__DATASETS=[[p, p, str(data.image_root)] for p in sets],
         DATASETS__TRAIN=sets[:1],
         DATASETS__TEST=sets[1:],

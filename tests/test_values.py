@@ -199,7 +199,7 @@ FCOS = [
     ("MODEL.FCOS.NORM", {}, "x"),
     ("MODEL.FCOS.CENTER_SAMPLING_RADIUS", {}, -1, NAN),
 ]
-SHAPES_RETINANET = "configs/Base-shapes-RetinaNet.yaml"
+SHAPES_RETINANET = "configs/shapes/retinanet.yaml"
 DETECTORS = {
     "faster": ("configs/quickstart.yaml", {"MODEL.ROI_HEADS.NUM_CLASSES": runs.CLASSES}, FASTER),
     "mask": (
@@ -223,7 +223,7 @@ DETECTORS = {
         CASCADE,
     ),
     "retinanet": (SHAPES_RETINANET, {"MODEL.RETINANET.NUM_CLASSES": runs.CLASSES}, RETINANET),
-    "fcos": ("configs/Base-shapes-FCOS.yaml", {"MODEL.FCOS.NUM_CLASSES": runs.CLASSES}, FCOS),
+    "fcos": ("configs/shapes/fcos.yaml", {"MODEL.FCOS.NUM_CLASSES": runs.CLASSES}, FCOS),
 }
 # Odd values that mean something: these train.
 LEGAL = [

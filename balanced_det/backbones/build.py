@@ -4,8 +4,14 @@
 detectors with regions (levels p2 to p6), one for RetinaNet and FCOS (levels p3 to p7).
 """
 
+from collections.abc import Iterable
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from torch import nn
 
 from ..errors import InputError
 from .efficientnet_lite import (
@@ -20,7 +26,7 @@ from .imagenet import PREFIX, find_weights
 
 
 @BACKBONE_REGISTRY.register()
-def build_bottom_up_fpn_backbone(cfg, input_shape):
+def build_bottom_up_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec | None) -> FPN:
     """Build the pyramid of Faster, Mask and Cascade R-CNN: p6 is p5 at every second position.
 
     Args:
@@ -35,7 +41,7 @@ def build_bottom_up_fpn_backbone(cfg, input_shape):
 
 
 @BACKBONE_REGISTRY.register()
-def build_retinanet_bottom_up_fpn_backbone(cfg, input_shape):
+def build_retinanet_bottom_up_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec | None) -> FPN:
     """Build the pyramid of RetinaNet and FCOS: p6 and p7 are convolutions of res5.
 
     Arguments and errors are those of :func:`build_bottom_up_fpn_backbone`.
@@ -45,7 +51,7 @@ def build_retinanet_bottom_up_fpn_backbone(cfg, input_shape):
     return _pyramid(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
 
 
-def _bottom_up(cfg):
+def _bottom_up(cfg: CfgNode) -> EfficientNetLite:
     keys = cfg.MODEL.BOTTOM_UP
     _check_choice("MODEL.BOTTOM_UP.NAME", keys.NAME, SCALINGS)
     _check_choice("MODEL.BOTTOM_UP.NORM", keys.NORM, NORMS)
@@ -55,7 +61,7 @@ def _bottom_up(cfg):
     return network.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
-def _pyramid(cfg, bottom_up, top_block):
+def _pyramid(cfg: CfgNode, bottom_up: EfficientNetLite, top_block: nn.Module) -> FPN:
     in_features = cfg.MODEL.FPN.IN_FEATURES
     known = list(bottom_up.output_shape())
     # FPN takes neighbouring levels only; p6 is made of p5 or res5, which is then the last.
@@ -73,7 +79,7 @@ def _pyramid(cfg, bottom_up, top_block):
     )
 
 
-def _check_pixels(cfg):
+def _check_pixels(cfg: CfgNode) -> None:
     """Refuse images other than those that the network's weights expect."""
     wanted = {
         "INPUT.FORMAT": (cfg.INPUT.FORMAT, PIXEL_FORMAT),
@@ -89,7 +95,7 @@ def _check_pixels(cfg):
         )
 
 
-def _check_weights(cfg):
+def _check_weights(cfg: CfgNode) -> None:
     """Find weights of a package now, when the model is built: training would find them missing."""
     weights = cfg.MODEL.WEIGHTS
     if not weights.startswith(PREFIX):
@@ -103,6 +109,6 @@ def _check_weights(cfg):
     find_weights(name)
 
 
-def _check_choice(key, value, known):
+def _check_choice(key: str, value: Any, known: Iterable[Any]) -> None:
     if value not in known:
         raise InputError(f"{key} is {value!r}; known are: {', '.join(known)}.")

@@ -12,6 +12,8 @@ weights expect, and other networks do not have:
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch.nn.functional as F
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
@@ -85,7 +87,9 @@ class EfficientNetLite(Backbone):
         _check("norm", norm, NORMS)
         self.stem = ConvNormReLU6(3, _STEM_CHANNELS, kernel=3, stride=2, norm=norm)
         self.blocks = nn.ModuleList()
-        self._taps = {}  # feature map -> (index of its block, ShapeSpec)
+        self._taps: dict[
+            str, tuple[int, ShapeSpec]
+        ] = {}  # feature map -> (its block's index, shape)
         channels, stride = _STEM_CHANNELS, 2
         for block in _block_plan(SCALINGS[name]):
             self.blocks.append(InvertedResidual(channels, norm=norm, **block))
@@ -100,7 +104,6 @@ class EfficientNetLite(Backbone):
         for feature in out_features:
             _check("out_features", feature, tuple(self._taps))
         self._out_features = tuple(out_features)
-        self.head = None
         if num_classes is not None:
             self.head = ConvNormReLU6(channels, _HEAD_CHANNELS, kernel=1, norm=norm)
             self.classifier = nn.Linear(_HEAD_CHANNELS, num_classes)
@@ -161,7 +164,15 @@ class InvertedResidual(nn.Module):
         norm: Detectron2's name of a batch normalization.
     """
 
-    def __init__(self, in_channels, out_channels, kernel, stride, expansion, norm):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int,
+        expansion: int,
+        norm: str,
+    ):
         super().__init__()
         channels = in_channels * expansion
         self.expand = (
@@ -177,7 +188,7 @@ class InvertedResidual(nn.Module):
         self.project.add_module("norm", _batch_norm(norm, out_channels))
         self.has_residual = stride == 1 and in_channels == out_channels
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         y = self.project(self.depthwise(self.expand(x)))
         return x + y if self.has_residual else y
@@ -186,7 +197,16 @@ class InvertedResidual(nn.Module):
 class ConvNormReLU6(nn.Module):
     """A convolution with "SAME" padding, batch normalization, and ReLU6."""
 
-    def __init__(self, in_channels, out_channels, kernel, stride=1, groups=1, *, norm):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        norm: str,
+    ):
         super().__init__()
         # At stride 1 the same number of pixels is padded at all sides, which the convolution does.
         padding = kernel // 2 if stride == 1 else 0
@@ -195,7 +215,7 @@ class ConvNormReLU6(nn.Module):
         )
         self.norm = _batch_norm(norm, out_channels)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
         if stride > 1:
@@ -215,14 +235,14 @@ def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
     return F.pad(x, (left, right, top, bottom))
 
 
-def _same_padding(size, kernel, stride):
+def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Return the pixels to pad before and after ``size`` pixels."""
     outputs = -(-size // stride)
     total = max((outputs - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
 
-def _block_plan(scaling):
+def _block_plan(scaling: Scaling) -> Iterator[dict[str, int]]:
     """Yield the arguments of each block, of all stages in order."""
     last = len(_STAGES) - 1
     for stage, (kernel, repeats, stride, expansion, channels) in enumerate(_STAGES):
@@ -237,26 +257,26 @@ def _block_plan(scaling):
             }
 
 
-def _multiple_of_8(channels):
+def _multiple_of_8(channels: float) -> int:
     """Round to the nearest multiple of 8 that is not more than 10% less."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
-def _batch_norm(norm, channels):
+def _batch_norm(norm: str, channels: int) -> nn.Module:
     layer = get_norm(norm, channels)
     layer.eps = 1e-3
     layer.momentum = 0.01  # of new statistics; TensorFlow writes 0.99, of the old ones
     return layer
 
 
-def _frozen(module):
+def _frozen(module: Any) -> Any:
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return FrozenBatchNorm2d.convert_frozen_batchnorm(module)
 
 
-def _check(argument, value, known):
+def _check(argument: str, value: Any, known: Iterable[str]) -> None:
     if value not in known:
         raise InputError(
             f"EfficientNetLite: {argument} is {value!r}; known are: {', '.join(known)}."

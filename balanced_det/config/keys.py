@@ -193,14 +193,15 @@ def _trust_keys():
 
 
 def _slot_defaults(part: Part):
-    slots = {
+    slots: dict[str, str | None] = {
         "CLASSIFICATION_LOSS": part.classification_loss,
         # One, or several that are added, each with a weight: "SmoothL1Loss + 2.0 * GIoULoss".
         "BOX_LOSS": "SmoothL1Loss",
         "SAMPLER": part.sampler,
     }
     if part.has_classes:
-        # RPN ranks its boxes, and drops none by score.
+        # The least score of a detection: Detectron2's own key, or a counted one. RPN ranks its
+        # boxes, and drops none by score.
         slots["SCORE_THRESHOLD"] = "FixedThreshold"
         # How scores are corrected at test time; None leaves them as the loss trains them.
         slots["SCORE_CALIBRATION"] = None
@@ -221,8 +222,9 @@ def _part_keys(part: Part):
         # None is a bias of zero.
         "PRIOR_PROB": part.prior_prob,
         # Scale the classification loss to the size of the box loss at every step (arXiv 1909.04868,
-        # section 3.3), then multiply it by a constant. The official code has 2 for region heads.
+        # section 3.3).
         "GUIDED_LOSS": False,
+        # Multiplies the classification loss after that. The official code has 2 for region heads.
         "GUIDED_FACTOR": 1.0,
     }
     if part.has_classes:
@@ -235,6 +237,11 @@ def _part_keys(part: Part):
         # Count the optimal prior p* = N_f / (N C) over the training set, and start with that
         # instead of PRIOR_PROB (arXiv 1909.04868, section 3.2).
         keys["OPTIMAL_PRIOR"] = False
+    if part.has_levels:
+        # What divides the sums of losses over rows: "average", a moving average of the foreground
+        # rows of a batch, as Detectron2 has it, or "batch", their number in the batch itself, as
+        # most published codes do.
+        keys["NORMALIZER"] = "average"
     if part.has_quota:
         # How many rows of an image a sampler takes that does not take all, and the largest share
         # of foreground rows among them; RPN and region heads have Detectron2's own keys for it.
@@ -271,13 +278,17 @@ def _pyramid_keys():
 def _fcos_keys():
     # Detectron2 has FCOS, but no keys for it; the values are those of its constructor.
     return {
+        # Object classes, or "auto".
         "NUM_CLASSES": 80,
+        # The levels of the pyramid that have points.
         "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
         # Convolutions of each tower, and their normalization ("" for none).
         "NUM_CONVS": 4,
         "NORM": "",
         # In strides: how close to the center of a box a point must lie to be foreground.
         "CENTER_SAMPLING_RADIUS": 1.5,
+        # At inference: the least score, how many candidates a level has, and the overlap from which
+        # on the lower of two boxes is suppressed.
         "SCORE_THRESH_TEST": 0.2,
         "TOPK_CANDIDATES_TEST": 1000,
         "NMS_THRESH_TEST": 0.6,

@@ -13,10 +13,11 @@ import builtins
 import copy
 import inspect
 import os
+from typing import Any
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import InputError
@@ -58,7 +59,7 @@ def is_lazy_file(path: str) -> bool:
     return path.endswith(".py")
 
 
-def lazy_config(cfg: CfgNode) -> DictConfig | None:
+def lazy_config(cfg: CfgNode) -> Any:
     """Return the Python config that ``cfg`` is the run of, or None for a config of keys alone."""
     return cfg.__dict__.get("lazy")
 

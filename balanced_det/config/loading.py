@@ -22,10 +22,11 @@ logger = logging.getLogger(__name__)
 COMMAND_LINE = "the command line"
 # Fragments that --with finds by name.
 FRAGMENTS = Path(__file__).parents[1] / "configs" / "methods"
+# MODEL.META_ARCHITECTURE: the folders of what fits it, beside those that fit every detector.
 _FRAGMENT_FOLDERS = {
-    "GeneralizedRCNN": "rcnn",
-    "BalancedRetinaNet": "retinanet",
-    "BalancedFCOS": "fcos",
+    "GeneralizedRCNN": ("rcnn",),
+    "BalancedRetinaNet": ("dense", "retinanet"),
+    "BalancedFCOS": ("dense", "fcos"),
 }
 # Keys that may be "auto": as many classes as the data sets have.
 CLASS_NUMBERS = tuple(f"MODEL.{node}.NUM_CLASSES" for node in ("ROI_HEADS", "RETINANET", "FCOS"))
@@ -172,7 +173,7 @@ def _fragment(name, layers):
         return name
     settings = [layer.values.get("MODEL.META_ARCHITECTURE") for layer in layers]
     architecture = next((s for s in reversed(settings) if s), "GeneralizedRCNN")
-    folders = [FRAGMENTS, FRAGMENTS / _FRAGMENT_FOLDERS.get(architecture, "")]
+    folders = [FRAGMENTS, *(FRAGMENTS / name for name in _FRAGMENT_FOLDERS.get(architecture, ()))]
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return str(folder / f"{name}.yaml")

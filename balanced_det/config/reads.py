@@ -1,6 +1,7 @@
 """Which keys of a config are read."""
 
 import functools
+from typing import Any
 
 from detectron2.config import CfgNode
 
@@ -42,7 +43,7 @@ class _Recording:
         return self
 
 
-def recorded(cfg: CfgNode) -> tuple[CfgNode, set]:
+def recorded(cfg: CfgNode) -> tuple[CfgNode, set[str]]:
     """Return a copy of a config, and a set in which the keys of this project appear as it is read.
 
     Args:
@@ -53,7 +54,8 @@ def recorded(cfg: CfgNode) -> tuple[CfgNode, set]:
         read of the config or of its clones. Config nodes cannot be of this kind always: yacs merges
         nodes of equal types alone.
     """
-    cfg, reads = cfg.clone(), set()
+    cfg = cfg.clone()
+    reads: set[str] = set()
     for name in OWN_NODES:
         *parents, key = name.split(".")
         node = functools.reduce(dict.__getitem__, parents, cfg)
@@ -63,7 +65,7 @@ def recorded(cfg: CfgNode) -> tuple[CfgNode, set]:
 
 def own_values(cfg: CfgNode) -> dict:
     """Return {full name: value} of the keys of this project; none of them is read in that."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in OWN_NODES:
         found.update(leaves(functools.reduce(dict.__getitem__, name.split("."), cfg), name))
     return found
@@ -79,7 +81,7 @@ def all_values(cfg: CfgNode) -> dict:
 
 def leaves(node: CfgNode, name: str) -> dict:
     """Return {full name: value} of every key below ``node``, which is no read of them."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in node.items():
         full = f"{name}.{key}"
         found.update(leaves(value, full) if isinstance(value, CfgNode) else {full: value})

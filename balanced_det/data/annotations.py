@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import InputError, printable
+from . import columns
 from .run_lengths import check_run_lengths
 
 GROUPS = ("r", "c", "f")  # rare, common, frequent in the training set
@@ -268,8 +269,8 @@ def box(value) -> list[float] | None:
         value = value.tolist()
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         return None
-    numbers = [number(entry) for entry in value]
-    return None if None in numbers else numbers
+    numbers = [n for entry in value if (n := number(entry)) is not None]
+    return numbers if len(numbers) == 4 else None
 
 
 def shortened(value, length: int = 80) -> str:
@@ -396,7 +397,67 @@ def _class_ids(entry, key, name, source):
 
 
 def _objects(entries, categories, images, source) -> dict:
-    """The columns of :class:`Annotations`. One pass: LVIS has 1.3 million objects."""
+    """The columns of :class:`Annotations`."""
+    found = _plain_objects(entries, categories, images, source)
+    if found is None:
+        found = _checked_objects(entries, categories, images, source)
+    _check_unique(found["ids"], source)
+    return found
+
+
+def _plain_objects(entries, categories, images, source):
+    """What :func:`_checked_objects` returns for plain integers and floats; else None.
+
+    A column at a time: LVIS has 1.3 million objects.
+    """
+    image_ids, category_ids = np.array(list(images)), np.array(list(categories))
+    sizes = [(image.height, image.width) for image in images.values()]
+    found, segmentation = [], []
+    try:
+        for part in columns.parts(entries):
+            ids, category, image, boxes = (
+                columns.field(part, key) for key in ("id", "category_id", "image_id", "bbox")
+            )
+            crowd, ignore = (
+                columns.flags([entry.get(key, 0) for entry in part])
+                for key in ("iscrowd", "ignore")
+            )
+            category = columns.positions(category, category_ids)
+            image = columns.positions(image, image_ids)
+            boxes, area = columns.boxes(boxes), _plain_areas(part)
+            found.append((columns.integers(ids), category, image, boxes, area, crowd, ignore))
+            for entry, index in zip(part, image.tolist(), strict=True):
+                mask = entry.get("segmentation")
+                if mask is not None:
+                    mask = _mask(mask, sizes[index], entry, None, source)
+                segmentation.append(mask)
+    except columns.NOT_PLAIN:  # a mask that is refused among them
+        return None
+    ids, category, image, boxes, area, crowd, ignore = columns.joined(found)
+    return {
+        "image": image,
+        "category": category,
+        "boxes": boxes,
+        "area": area,
+        "crowd": crowd,
+        "ignore": ignore,
+        "segmentation": segmentation,
+        "ids": ids.tolist(),
+    }
+
+
+def _plain_areas(entries):
+    given = [entry.get("area") for entry in entries]
+    if all(area is None for area in given):
+        return np.full(len(given), math.nan)
+    area = columns.numbers(given)
+    if not ((area >= 0) & (area < math.inf)).all():
+        raise ValueError
+    return area
+
+
+def _checked_objects(entries, categories, images, source) -> dict:
+    """Check one object after the other, and name the first that is wrong."""
     image_index = {image_id: index for index, image_id in enumerate(images)}
     class_index = {category_id: index for index, category_id in enumerate(categories)}
     sizes = [(image.height, image.width) for image in images.values()]
@@ -416,7 +477,6 @@ def _objects(entries, categories, images, source) -> dict:
         if mask is not None:
             mask = _mask(mask, sizes[image[-1]], entry, position, source)
         segmentation.append(mask)
-    _check_unique(ids, source)
     return {
         "image": np.array(image, dtype=np.int64),
         "category": np.array(category, dtype=np.int64),

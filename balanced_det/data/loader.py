@@ -112,7 +112,7 @@ class BatchStream(torch.utils.data.Sampler):
         self.start = start
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        buckets = {int(group): [] for group in np.unique(self.group)}
+        buckets: dict[int, list] = {int(group): [] for group in np.unique(self.group)}
         number = 0
         for position, index in enumerate(self.sampler):
             bucket = buckets[int(self.group[index])]

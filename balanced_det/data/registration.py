@@ -31,9 +31,11 @@ from .statistics import dataset_statistics
 logger = logging.getLogger(__name__)
 
 _BUILTIN_NAMES = frozenset(_PREDEFINED_SPLITS_COCO["coco"]).union(*_PREDEFINED_SPLITS_LVIS.values())
-_images_anywhere = {}  # name -> whether its file names may leave its image root
-_registered = {}  # name -> (json_file, image_root), of all that this module registered
-_read = {}  # name -> _Read, of all that this module has read
+_images_anywhere: dict[str, bool] = {}  # name -> whether its file names may leave its image root
+_registered: dict[
+    str, tuple[str, str]
+] = {}  # name -> (json_file, image_root), of all that this module registered
+_read: dict[str, "_Read"] = {}  # name -> of all that this module has read
 
 
 @dataclass(frozen=True)

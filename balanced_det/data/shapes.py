@@ -333,7 +333,7 @@ def _background(size, rng):
     """A (size, size, 3) float32 image of soft, hardly coloured clouds."""
     clouds = rng.uniform(60, 200) + rng.normal(0, 20, (5, 5, 1)) + rng.normal(0, 6, (5, 5, 3))
     clouds = Image.fromarray(np.clip(clouds, 0, 255).astype(np.uint8))
-    return np.asarray(clouds.resize((size, size), Image.BICUBIC), dtype=np.float32)
+    return np.asarray(clouds.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
 
 
 def _place(shape, boxes, size, rng):

@@ -50,7 +50,10 @@ class Columns:
 
 def columns(dataset_dicts: Sequence[dict]) -> Columns:
     """Return the objects of Detectron2's ``dataset_dicts`` as :class:`Columns`."""
-    sizes, counts, categories, boxes = [], [], [], []
+    sizes: list[tuple[int, int]] = []
+    counts: list[int] = []
+    categories: list[int] = []
+    boxes: list[Sequence[float]] = []
     for record in dataset_dicts:
         found = objects(record.get("annotations", ()))
         sizes.append((record["width"], record["height"]))
@@ -94,8 +97,8 @@ def co_occurrence(data: Columns, num_classes: int) -> np.ndarray:
     counts = np.zeros(num_classes * num_classes, dtype=np.int64)
     for i, j in pairs_of_an_image(image):
         counts += np.bincount(category[i] * num_classes + category[j], minlength=len(counts))
-    counts = counts.reshape(num_classes, num_classes)
-    return counts + counts.T + np.diag(np.bincount(category, minlength=num_classes))
+    pair_counts = counts.reshape(num_classes, num_classes)
+    return pair_counts + pair_counts.T + np.diag(np.bincount(category, minlength=num_classes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +132,7 @@ def near_duplicates(data: Columns) -> NearDuplicates:
     return NearDuplicates(
         same_class=same,
         other_class=int(counts.sum()),
-        class_pairs={tuple(map(int, pairs[k])): int(counts[k]) for k in order},
+        class_pairs={(int(pairs[k][0]), int(pairs[k][1])): int(counts[k]) for k in order},
     )
 
 

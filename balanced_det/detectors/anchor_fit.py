@@ -3,9 +3,11 @@
 import dataclasses
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import build_anchor_generator
@@ -40,7 +42,7 @@ class AnchorFit:
     missed: int
 
 
-def fit_anchors(cfg, dataset_dicts: Iterable[dict]) -> AnchorFit:
+def fit_anchors(cfg: CfgNode, dataset_dicts: Iterable[dict]) -> AnchorFit:
     """Label the anchors of images as the configured RPN or RetinaNet does.
 
     Images have the middle one of ``INPUT.MIN_SIZE_TRAIN``; each is padded alone.
@@ -84,7 +86,7 @@ def fit_anchors(cfg, dataset_dicts: Iterable[dict]) -> AnchorFit:
     )
 
 
-def _anchor_node(cfg):
+def _anchor_node(cfg: CfgNode) -> CfgNode:
     name = cfg.MODEL.META_ARCHITECTURE
     if name == "GeneralizedRCNN":
         return cfg.MODEL.RPN
@@ -93,27 +95,27 @@ def _anchor_node(cfg):
     raise InputError(f"MODEL.META_ARCHITECTURE '{name}' has no anchors.")
 
 
-def _stride(feature):
+def _stride(feature: str) -> int:
     if not re.fullmatch(r"p[2-9]", feature):
         raise InputError(f"The anchors' feature map '{feature}' is no level of a pyramid.")
     return 2 ** int(feature[1:])
 
 
-def _resized(cfg, record):
+def _resized(cfg: CfgNode, record: dict[str, Any]) -> tuple[Boxes, int, int]:
     """Return the objects' ``Boxes``, and the height and width of the image, at training size."""
     sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
     height, width = ResizeShortestEdge.get_output_shape(
         record["height"], record["width"], sizes[len(sizes) // 2], cfg.INPUT.MAX_SIZE_TRAIN
     )
-    boxes = [
+    corners = [
         BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
         for a in objects(record.get("annotations", ()))
     ]
-    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    boxes = torch.tensor(corners, dtype=torch.float32).reshape(-1, 4)
     scale = torch.tensor([width / record["width"], height / record["height"]]).repeat(2)
     return Boxes(boxes * scale), height, width
 
 
-def _cells(size, stride):
+def _cells(size: int, stride: int) -> int:
     """Cells along one side of an image that is padded to a multiple of 32."""
     return -(-(-(-size // 32) * 32) // stride)

@@ -1,14 +1,19 @@
 """The box predictor of a region head with any loss, sampler and score threshold of ``BALANCE``."""
 
+from typing import Any
+
 import torch
-from detectron2.config import configurable
-from detectron2.layers import cat
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
-from torch import nn
+from detectron2.structures import Instances
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..criterion import Criterion
 from ..rows import nonzero
-from ..selection import Rows
+from ..selection import Rows, Selection
+from ..thresholds import ScoreThreshold
 from . import replaced
 from .encoding import WaitlessTransform
 from .event_log import log_regions
@@ -38,17 +43,19 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         InputError: the classifier does not fit a region's features or the criterion's logits.
     """
 
+    cls_score: Any
+
     @configurable
     def __init__(
         self,
-        input_shape,
+        input_shape: ShapeSpec,
         *,
-        criterion,
-        selection,
-        score_threshold,
-        prior_prob=None,
-        classifier=None,
-        **kwargs,
+        criterion: Criterion,
+        selection: Selection,
+        score_threshold: ScoreThreshold,
+        prior_prob: float | None = None,
+        classifier: Any = None,
+        **kwargs: Any,
     ):
         refuse_replaced(kwargs, replaced.REGIONS)
         super().__init__(input_shape, **kwargs)
@@ -65,13 +72,15 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         self.score_threshold = score_threshold
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         """Translate the config, see :class:`BalancedFastRCNNOutputLayers`."""
         ret = without(super().from_config(cfg, input_shape), replaced.REGIONS)
         ret.update(region_arguments(cfg, input_shape, ret["num_classes"], ret["test_score_thresh"]))
         return ret
 
-    def losses(self, predictions, proposals):
+    def losses(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> dict[str, Tensor]:
         """Return ``{"loss_cls", "loss_box_reg"}``; neither argument is changed.
 
         Args:
@@ -105,7 +114,7 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         )
         return self.criterion(logits, labels, boxes, self.selection.normalizer(rows))
 
-    def _labels(self, logits, proposals):
+    def _labels(self, logits: Tensor, proposals: list[Instances]) -> Tensor:
         """Return the labels (T,) of the rows, with those ignored that a sampler by loss leaves."""
         of_images = [p.gt_classes for p in proposals]
         labels = cat(of_images)
@@ -117,7 +126,9 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         rows = self.selection(Rows(padded, self.num_classes), lambda: pad(losses, 0.0))
         return torch.cat([x[:size] for x, size in zip(rows.labels, sizes, strict=True)])
 
-    def inference(self, predictions, proposals):
+    def inference(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> tuple[list[Instances], list[Tensor]]:
         """Return (detections, rows), see :func:`.inference.region_detections`."""
         if torch.jit.is_tracing():
             # A trace may see other images than it was made of; ours asks how many survive.
@@ -125,7 +136,9 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
         logits, deltas = predictions
         return self.detections(self.criterion.scores(logits), deltas, proposals)
 
-    def detections(self, scores, deltas, proposals):
+    def detections(
+        self, scores: Tensor, deltas: Tensor, proposals: list[Instances]
+    ) -> tuple[list[Instances], list[Tensor]]:
         """Return (detections, rows) of given scores (R, K) and deltas (R, 4) or (R, 4 K)."""
         return region_detections(
             scores,
@@ -137,7 +150,9 @@ class BalancedFastRCNNOutputLayers(CountedScoreThreshold, FastRCNNOutputLayers):
             detections_per_image=self.test_topk_per_image,
         )
 
-    def predict_probs(self, predictions, proposals):
+    def predict_probs(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> tuple[Tensor, ...]:
         """Return one (Ri, K + 1) tensor an image, of which Detectron2 drops the last column."""
         scores = F.pad(self.criterion.scores(predictions[0]), (0, 1))
         # Not len(), which a trace would keep.

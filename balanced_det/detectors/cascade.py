@@ -3,10 +3,15 @@
 Letters: N images, R boxes of an image at most, K classes.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads
 from detectron2.structures import Boxes, Instances
+from torch import Tensor
 
 from .matching import Objects, pad
 from .proposals import clip
@@ -22,27 +27,35 @@ class BalancedCascadeROIHeads(BatchedROIHeads, CascadeROIHeads):
     """
 
     @configurable
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
 
-    def _forward_box(self, features, proposals, targets=None):
+    def _forward_box(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> Any:
         """Run all stages; see ``CascadeROIHeads``. Scores are the mean over the stages."""
         # A trace may see other images than it was made of; ours asks how many candidates survive.
         if self.training or torch.jit.is_tracing():
             return super()._forward_box(features, proposals, targets)
-        features = [features[name] for name in self.box_in_features]
+        levels = [features[name] for name in self.box_in_features]
         image_sizes = [p.image_size for p in proposals]
-        scores, boxes = 0, None
+        scores: Any = 0
+        boxes: Sequence[Tensor] = ()
         for stage, predictor in enumerate(self.box_predictor):
             if stage > 0:
                 proposals = self._create_proposals_from_boxes(boxes, image_sizes)
-            predictions = self._run_stage(features, proposals, stage)
+            predictions = self._run_stage(levels, proposals, stage)
             scores = scores + predictor.criterion.scores(predictions[0])  # (R, K)
             boxes = predictor.predict_boxes(predictions, proposals)
         scores = scores * (1.0 / self.num_cascade_stages)
         return predictor.detections(scores, predictions[1], proposals)[0]
 
-    def _create_proposals_from_boxes(self, boxes, image_sizes):
+    def _create_proposals_from_boxes(
+        self, boxes: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
+    ) -> list[Instances]:
         """Return the clipped boxes of a stage as ``Instances``; in training, none is dropped.
 
         Detectron2 drops empty boxes; here :meth:`_match_and_label_boxes` ignores them, which needs
@@ -58,7 +71,9 @@ class BalancedCascadeROIHeads(BatchedROIHeads, CascadeROIHeads):
         ]
 
     @torch.no_grad()
-    def _match_and_label_boxes(self, proposals, stage, targets):
+    def _match_and_label_boxes(
+        self, proposals: list[Instances], stage: int, targets: list[Instances]
+    ) -> list[Instances]:
         """Label the boxes that the stage before gives this one; see Detectron2's.
 
         Detectron2 trains on all of them; a sampler by IoU chooses anew, since the boxes have moved.
@@ -71,14 +86,14 @@ class BalancedCascadeROIHeads(BatchedROIHeads, CascadeROIHeads):
         if self.selection.sampler.needs_ious:
             rows = self.selection(rows)
         image = torch.arange(len(padded), device=padded.device).unsqueeze(1)
-        of_rows = objects.boxes[image, rows.matched]  # (N, R, 4)
+        of_rows = objects.boxes[image, rows.known("matched")]  # (N, R, 4)
         for index, (p, size) in enumerate(zip(proposals, sizes, strict=True)):
             p.gt_classes = rows.labels[index, :size]
             p.gt_boxes = Boxes(of_rows[index, :size])
         return proposals
 
     @classmethod
-    def _init_box_head(cls, cfg, input_shape):
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         ret = super()._init_box_head(cfg, input_shape)
         ret["box_predictors"] = [
             balanced_predictor(cfg, head, predictor)

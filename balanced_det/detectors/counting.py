@@ -8,15 +8,20 @@ read, and no network runs.
 import dataclasses
 import logging
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.structures import Instances
 from detectron2.utils import comm
+from torch import nn
 from tqdm import tqdm
 
 from ..config.lazy import lazy_config
@@ -47,7 +52,13 @@ class RowCounts:
     standard_error: float
 
 
-def count_rows(part, backbone, cfg, dataset_dicts, population=None):
+def count_rows(
+    part: Any,
+    backbone: Backbone,
+    cfg: CfgNode,
+    dataset_dicts: Iterable[dict],
+    population: Sequence[dict] | None = None,
+) -> RowCounts:
     """Count the rows of one part of a detector over data set dicts.
 
     Images are resized and boxes transformed as the training's ``DatasetMapper`` does; each image is
@@ -87,7 +98,7 @@ def count_rows(part, backbone, cfg, dataset_dicts, population=None):
     return _summarize(np.asarray(counts, dtype=np.int64).reshape(-1, 3), population)
 
 
-def fit_to_training_data(model, cfg):
+def fit_to_training_data(model: nn.Module, cfg: CfgNode) -> None:
     """Count what ``cfg.BALANCE`` asks for and set biases and thresholds by it, before training.
 
     One worker counts and shares the result with all; the counts are logged, and what is set by them
@@ -99,7 +110,7 @@ def fit_to_training_data(model, cfg):
         name, part = "DENSE", model
     sets_prior = cfg.BALANCE[name].OPTIMAL_PRIOR
     # The region heads count their thresholds while they train: proposals come from the network.
-    threshold = getattr(part, "score_threshold", None)
+    threshold: Any = getattr(part, "score_threshold", None)
     sets_threshold = threshold is not None and threshold.counts
     if not sets_prior and not sets_threshold:
         return
@@ -127,7 +138,7 @@ def fit_to_training_data(model, cfg):
         threshold.set_row_counts(counts.num_foreground, counts.num_rows)
 
 
-def _counted_once(part, backbone, cfg):
+def _counted_once(part: Any, backbone: Backbone, cfg: CfgNode) -> RowCounts:
     """Count on the main process; what it cannot count is an error on all of them."""
     counts = error = None
     if comm.is_main_process():
@@ -141,7 +152,7 @@ def _counted_once(part, backbone, cfg):
     return counts
 
 
-def _counted(part, backbone, cfg):
+def _counted(part: Any, backbone: Backbone, cfg: CfgNode) -> RowCounts:
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -167,14 +178,14 @@ def _counted(part, backbone, cfg):
     return counts
 
 
-def training_augmentations(cfg):
+def training_augmentations(cfg: CfgNode) -> list[Any]:
     """Return what Detectron2's mapper does to training images, as a list."""
     if lazy_config(cfg) is not None:
         return list(instantiate(lazy_config(cfg).dataloader.train.mapper.augmentations))
     return DatasetMapper.from_config(cfg, True)["augmentations"]
 
 
-def _resized_instances(record, augmentations):
+def _resized_instances(record: dict[str, Any], augmentations: T.AugmentationList) -> Instances:
     image = T.AugInput(np.zeros((record["height"], record["width"]), dtype=np.uint8))
     transforms = augmentations(image)
     size = image.image.shape[:2]
@@ -188,12 +199,12 @@ def _resized_instances(record, augmentations):
     return utils.filter_empty_instances(utils.annotations_to_instances(annotations, size))
 
 
-def _levels(size, divisor, stride):
+def _levels(size: int, divisor: int, stride: int) -> int:
     """Return the cells of a feature map along one axis of an image padded to a multiple."""
     return math.ceil(math.ceil(size / divisor) * divisor / stride)
 
 
-def _summarize(counts, population):
+def _summarize(counts: np.ndarray, population: Sequence[dict] | None) -> RowCounts:
     """Estimate the counts of a population; without one, sum the (M, 3) counts of M images.
 
     Foreground rows vary between images mostly with their objects, and the objects of all images are

@@ -1,7 +1,10 @@
 """Box encoding that does not wait for the device."""
 
+from typing import Any
+
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
+from torch import Tensor
 
 
 class WaitlessTransform:
@@ -14,10 +17,10 @@ class WaitlessTransform:
         transform: a ``Box2BoxTransform``, or another of Detectron2's, which is called as it is.
     """
 
-    def __init__(self, transform):
+    def __init__(self, transform: Any):
         self.transform = transform
 
-    def get_deltas(self, sources, targets):
+    def get_deltas(self, sources: Tensor, targets: Tensor) -> Tensor:
         """Return the deltas (F, 4) from boxes (F, 4) to others, as the transform encodes them."""
         if type(self.transform) is not Box2BoxTransform:
             return self.transform.get_deltas(sources, targets)
@@ -29,6 +32,6 @@ class WaitlessTransform:
         deltas = [wx * x / w, wy * y / h, ww * torch.log(tw / w), wh * torch.log(th / h)]
         return torch.stack(deltas, dim=1)
 
-    def apply_deltas(self, deltas, sources):
+    def apply_deltas(self, deltas: Tensor, sources: Tensor) -> Tensor:
         """Return the boxes (F, 4) that deltas (F, 4) make of others."""
         return self.transform.apply_deltas(deltas, sources)

@@ -2,10 +2,13 @@
 
 import torch
 from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from ..selection import Rows
 
 
 @torch.no_grad()
-def log_regions(predicted, rows, num_images):
+def log_regions(predicted: Tensor, rows: Rows, num_images: int) -> int:
     """Log how a region head classifies its rows, as Detectron2 does, and count the foreground.
 
     Args:
@@ -24,8 +27,10 @@ def log_regions(predicted, rows, num_images):
         is_right & rows.foreground,
         (predicted == rows.num_classes) & rows.foreground,
     ]
-    counts = torch.stack(counts).sum(dim=1).tolist()  # one copy to the host
-    num_foreground, num_rows, right, right_foreground, missed = counts
+    # One copy to the host.
+    num_foreground, num_rows, right, right_foreground, missed = (
+        torch.stack(counts).sum(dim=1).tolist()
+    )
     storage = get_event_storage()
     storage.put_scalar("roi_head/num_fg_samples", num_foreground / num_images)
     storage.put_scalar("roi_head/num_bg_samples", (num_rows - num_foreground) / num_images)
@@ -37,7 +42,7 @@ def log_regions(predicted, rows, num_images):
     return num_foreground
 
 
-def log_masks(logits, targets, vis_period):
+def log_masks(logits: Tensor, targets: Tensor, vis_period: int) -> None:
     """Log how many pixels of the masks (F, S, S) are right, and show them every ``vis_period``."""
     is_wrong = (logits > 0) != targets
     counts = [is_wrong, targets, is_wrong & ~targets, is_wrong & targets]

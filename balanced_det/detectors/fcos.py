@@ -4,20 +4,25 @@ With focal loss and GIoU the losses are those of Detectron2's ``FCOS``, which ha
 its own; those here are ``MODEL.FCOS``.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..criterion import Criterion
 from ..errors import InputError
 from ..losses.base import normalize
+from ..selection import Rows, Selection
 from . import replaced
 from .dense import BalancedDenseDetector, balance_arguments
-from .matching import match_points
+from .matching import Objects, match_points
 from .replaced import refuse_replaced
-from .thresholds import CountedScoreThreshold
 from .wide_conv import replace_classifier
 
 
@@ -31,7 +36,9 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
     """
 
     @configurable
-    def __init__(self, *, criterion, selection, head, **kwargs):
+    def __init__(
+        self, *, criterion: Criterion, selection: Selection, head: nn.Module, **kwargs: Any
+    ):
         if selection.sampler.needs_ious:
             raise InputError(
                 f"BALANCE.DENSE.SAMPLER: '{type(selection.sampler).__name__}' chooses by IoU, "
@@ -42,7 +49,7 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
         super().__init__(criterion=criterion, selection=selection, head=head, **kwargs)
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Translate the config, see :class:`BalancedFCOS`."""
         fcos = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
@@ -68,23 +75,28 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
             **balance,
         }
 
-    @CountedScoreThreshold.test_score_thresh.getter
-    def test_score_thresh(self):
-        """The threshold of the final score, which is a square root, see :meth:`forward_inference`.
+    def least_score(self) -> float | Tensor:
+        """Return the threshold of the final score, a square root, see :meth:`forward_inference`.
 
         A counted threshold is one of probabilities, so its square root is taken as well.
         """
-        threshold = self.score_threshold.value
-        return threshold.sqrt() if self.score_threshold.counts else threshold
+        threshold = super().least_score()
+        return threshold.sqrt() if isinstance(threshold, Tensor) else threshold
 
-    def label_anchors(self, anchors, objects):
+    def label_anchors(self, anchors: Sequence[Boxes], objects: Objects) -> Rows:
         """Label the points of a batch by FCOS's rule; see the base class."""
         levels = [level.tensor for level in anchors]
         return match_points(objects, levels, self.center_sampling_radius).rows(
             objects, self.num_classes
         )
 
-    def forward_training(self, images, features, predictions, gt_instances):
+    def forward_training(
+        self,
+        images: ImageList,
+        features: Sequence[Tensor],
+        predictions: Sequence[Sequence[Tensor]],
+        gt_instances: Sequence[Instances],
+    ) -> dict[str, Tensor]:
         """Return ``{"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}``, as Detectron2 does."""
         logits, deltas, centerness = predictions
         losses, (image, anchor, sources, targets), normalizer = self._dense_losses(
@@ -92,9 +104,9 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
         )
         # Of the foreground rows alone, as if they were those of one image.
         target = self.compute_ctrness_targets([Boxes(sources)], [targets])[0]  # (F,)
-        centerness = torch.cat([x.flatten(1) for x in centerness], dim=1)[image, anchor]
+        of_rows = torch.cat([x.flatten(1) for x in centerness], dim=1)[image, anchor]
         loss_centerness = F.binary_cross_entropy_with_logits(
-            centerness.float(), target, reduction="sum"
+            of_rows.float(), target, reduction="sum"
         )
         return {
             "loss_fcos_cls": losses["loss_cls"],
@@ -102,7 +114,9 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
             "loss_fcos_ctr": normalize(loss_centerness, normalizer),
         }
 
-    def forward_inference(self, images, features, predictions):
+    def forward_inference(
+        self, images: ImageList, features: Sequence[Tensor], predictions: Sequence[Sequence[Tensor]]
+    ) -> list[Instances]:
         """Return one ``Instances`` an image; arguments as in Detectron2."""
         logits, deltas, centerness = predictions
         anchors = self.anchor_generator(features)

@@ -8,7 +8,7 @@ folded it costs one pass over the weights. Results and gradients are the same to
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -22,19 +22,21 @@ class FoldedConv2d(Conv2d):
         conv: the layer whose place this one takes; it shares all of its parameters and buffers.
     """
 
-    def __init__(self, conv):
+    def __init__(self, conv: Conv2d):
         nn.Module.__init__(self)
         self.__dict__.update(conv.__dict__)
-        self._constants = self._sources = None
+        # The state of the sources below, and what to multiply and add.
+        self._constants: tuple[list, Tensor, Tensor] | None = None
+        self._sources: tuple[Tensor, ...] = ()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalize x (N, in_channels, H, W)."""
         scale, shift = self._scale_and_shift()
         weight = self.weight * scale.view(-1, 1, 1, 1)
         x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
-    def _scale_and_shift(self):
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Return what the normalization multiplies and adds, (out_channels,) each."""
         norm = self.norm
         sources = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
@@ -46,7 +48,7 @@ class FoldedConv2d(Conv2d):
             with torch.inference_mode(False):  # what is made now may be trained with later
                 scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
                 self._constants = state, scale, norm.bias - norm.running_mean * scale
-        return self._constants[1:]
+        return self._constants[1], self._constants[2]
 
 
 def fold_frozen_norms(module: nn.Module) -> nn.Module:

@@ -8,7 +8,8 @@ Letters: T proposals of a batch, F foreground ones, R rows, S the side of a mask
 
 import torch
 from detectron2.layers import ROIAlign
-from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.structures import BitMasks, Instances, PolygonMasks
+from torch import Tensor
 
 from ..rows import foreground, on_device
 
@@ -24,19 +25,21 @@ class MatchedMasks:
         boxes: (R, 4) on the host, the boxes to crop to if they are known there already.
     """
 
-    def __init__(self, masks, matched, boxes=None):
+    def __init__(
+        self, masks: BitMasks | PolygonMasks, matched: Tensor, boxes: Tensor | None = None
+    ):
         self.masks = masks
         self.matched = matched
         self._boxes = boxes
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.matched)
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: slice | Tensor) -> "MatchedMasks":
         """Return those of some rows: a slice, or a tensor of indices or bool."""
         return MatchedMasks(self.masks, self.matched[rows])
 
-    def crop_and_resize(self, boxes, side):
+    def crop_and_resize(self, boxes: Tensor, side: int) -> Tensor:
         """Return the (R, S, S) bool masks inside of ``boxes`` (R, 4); see Detectron2's masks."""
         if not isinstance(self.masks, BitMasks):
             boxes = boxes if self._boxes is None else self._boxes
@@ -48,7 +51,7 @@ class MatchedMasks:
 
 
 @torch.no_grad()
-def foreground_proposals(proposals, num_classes):
+def foreground_proposals(proposals: list[Instances], num_classes: int) -> list[Instances]:
     """Return the foreground rows of a batch's ``Instances``, as Detectron2's function of that name.
 
     Polygons are cropped on the host, so the boxes that this needs come with the one copy that says

@@ -2,26 +2,30 @@
 
 Detectron2 pastes every mask into a picture of the image's size, which it then encodes: for 300
 detections of 800 x 1216 pixels that is 290 MB to fill, to copy and to walk through, nearly all of
-it zeros. Here a mask is sampled on the pixels of its box alone, by the same arithmetic, and only
-the places where a column changes between outside and inside leave the device. The run lengths are
-the same, byte for byte.
+it zeros. Here a mask is sampled on the pixels of its box alone, by the same arithmetic; the places
+where a column changes between outside and inside become run lengths and these become text on the
+device, and only the text leaves it. It is the same, byte for byte.
 
 ``model(inputs)`` stays Detectron2's, with full-size ``pred_masks``. Who evaluates wraps the model
 in :class:`MasksAsRLE` and gets ``pred_masks_rle`` in their place.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from detectron2.modeling import GeneralizedRCNN, detector_postprocess
 from detectron2.structures import Instances
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Pixels that are sampled at a time. A pixel takes some 20 bytes on the way.
+from ..rows import on_device, without_waiting
+
+# Pixels that are sampled at a time. A pixel takes some 15 bytes on the way.
 _PIXELS = 1 << 23
+_OUTSIDE = 3.0  # A coordinate beyond the mask, which reaches from -1 to 1 and is zero around.
+_GROUPS = 7  # Of five bits: what the difference of two runs of 2^32 pixels needs.
 _THRESHOLD = 0.5  # Of a probability, as everywhere in Detectron2.
 
 
@@ -104,35 +108,24 @@ def masks_to_rle(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> l
 
     Returns:
         A list of D dicts ``{"size": [height, width], "counts": bytes}``. At most some 200 MB are
-        needed on the way, at any size of the image. The host waits for the device once for the
-        boxes, and once for each 8 million pixels in them.
+        needed on the way, at any size of the image. The host waits for the device four times, and
+        once for each 8 million pixels in the boxes.
     """
     if len(masks) == 0:
         return []
     height, width = image_size
     tiles = _tiles(masks, boxes, height, width)
     changes = [
-        _changes(masks, boxes, tiles[chunk], height) for chunk in _chunks(tiles, masks.device)
+        _changes(masks, boxes, tiles[chunk], height, width)
+        for chunk in _chunks(tiles, masks.device)
     ]
-    owner, position = np.concatenate([np.zeros((2, 0), np.int64), *changes], axis=1)
-    order = np.lexsort((position, owner))
-    owner, position = owner[order], position[order]
-
-    # A run that ends where the next begins, at the foot of a column, goes on.
-    joined = np.zeros(len(owner) + 1, dtype=bool)  # each change to the one before it
-    joined[1:-1] = (owner[1:] == owner[:-1]) & (position[1:] == position[:-1])
-    kept = ~(joined[1:] | joined[:-1])
-    owner, position = owner[kept], position[kept]
-
-    ends = np.searchsorted(owner, np.arange(1, len(masks) + 1))
-    runs = [_run_lengths(part, height * width) for part in np.split(position, ends)[:-1]]
-    return coco_mask.frPyObjects(
-        [{"size": [height, width], "counts": run} for run in runs], height, width
-    )
+    owner, runs = _run_lengths(changes, len(masks), height * width, masks.device)
+    texts = _texts(owner, runs, len(masks))
+    return [{"size": [height, width], "counts": text} for text in texts]
 
 
 def _tiles(masks, boxes, height, width):
-    """Cut the boxes' pixels into upright strips of at most ``_PIXELS``.
+    """Cut the boxes' pixels into upright strips of at most ``_PIXELS``, a row around included.
 
     Returns:
         (T, 5) int64 on the host: mask, x and y of the corner, width and height, largest first.
@@ -143,15 +136,17 @@ def _tiles(masks, boxes, height, width):
         # lies outside of the box by less than the rounding of the grid, which runs from -1 to 1.
         margin = ((boxes[:, 2:] - boxes[:, :2]) * torch.finfo(masks.dtype).eps).ceil()
         low, high = low - margin, high + margin
-    limit = boxes.new_tensor([width, height])
-    corners = torch.cat([low.clamp(min=0), high.minimum(limit)], dim=1)
-    tiles = []
-    for index, (x1, y1, x2, y2) in enumerate(corners.long().tolist()):
-        if x2 <= x1 or y2 <= y1:
-            continue
-        strip = max(_PIXELS // (y2 - y1), 1)
-        tiles += [[index, x, y1, min(strip, x2 - x), y2 - y1] for x in range(x1, x2, strip)]
-    tiles = np.array(tiles, dtype=np.int64).reshape(-1, 5)
+    limit = on_device([width, height], high)
+    corners = torch.cat([low.clamp(min=0), high.minimum(limit)], dim=1).long().cpu().numpy()
+    x, y = corners[:, 0], corners[:, 1]
+    columns, rows = (corners[:, 2:] - corners[:, :2]).clip(min=0).T
+    strip = np.maximum(_PIXELS // (rows + 2), 1)  # columns of a strip
+    strips = np.where(rows > 0, -(-columns // strip), 0)
+    owner = np.repeat(np.arange(len(corners)), strips)
+    before = np.arange(len(owner)) - np.repeat(strips.cumsum() - strips, strips)  # strips
+    before = before * strip[owner]  # columns
+    left = np.minimum(strip[owner], columns[owner] - before)
+    tiles = np.stack([owner, x[owner] + before, y[owner], left, rows[owner]], axis=1)
     return tiles[np.argsort(-tiles[:, 3] * tiles[:, 4], kind="stable")]
 
 
@@ -165,41 +160,91 @@ def _chunks(tiles, device) -> Iterator[slice]:
         end = start + 1
         if device.type != "cpu":
             columns, rows = np.maximum.accumulate(tiles[start:, 3:]).T
-            pixels = columns * rows * np.arange(1, len(rows) + 1)  # of the first 1, 2, ...; rises
+            pixels = columns * (rows + 2) * np.arange(1, len(rows) + 1)  # of the first 1, 2, ...
             end = max(end, start + int(np.searchsorted(pixels, _PIXELS, side="right")))
         yield slice(start, end)
         start = end
 
 
-def _changes(masks, boxes, tiles, height):
+def _changes(masks, boxes, tiles, height, width):
     """Return where the columns of some tiles change between outside and inside.
 
     Returns:
-        (2, C) int64 on the host: the mask, and the position x * height + y of the pixel from which
-        on a mask's value is another; of each column first the begin of a run, then its end.
+        (C,) int64 numbers of pixels from which on a mask's value is another, of the run's begin
+        and of its end alike: mask * (height * width + 1) + x * height + y.
     """
-    owner, x, y, columns, rows = torch.from_numpy(tiles).to(masks.device).unbind(1)  # (T,) each
+    # (T,) each
+    owner, x, y, columns, rows = without_waiting(torch.from_numpy(tiles), masks.device).unbind(1)
     x1, y1, x2, y2 = boxes[owner].split(1, dim=1)  # (T, 1) each
     across = torch.arange(int(tiles[:, 3].max()), device=masks.device)
-    down = torch.arange(int(tiles[:, 4].max()), device=masks.device)
+    # A row around the tile is outside of the mask, so that each run has a begin and an end.
+    down = torch.arange(-1, int(tiles[:, 4].max()) + 1, device=masks.device)
     # The arithmetic of Detectron2's paste, from the middle of a pixel to [-1, 1] in the box.
     grid_x = ((x[:, None] + across).float() + 0.5 - x1) / (x2 - x1) * 2 - 1  # (T, W)
-    grid_y = ((y[:, None] + down).float() + 0.5 - y1) / (y2 - y1) * 2 - 1  # (T, H)
-    shape = (len(tiles), len(down), len(across))
-    grid = torch.stack([grid_x[:, None, :].expand(shape), grid_y[:, :, None].expand(shape)], dim=3)
+    grid_y = ((y[:, None] + down).float() + 0.5 - y1) / (y2 - y1) * 2 - 1  # (T, H + 2)
+    grid_x = grid_x.where(across < columns[:, None], _OUTSIDE)
+    grid_y = grid_y.where((down >= 0) & (down < rows[:, None]), _OUTSIDE)
+    shape = (len(tiles), len(across), len(down))
+    grid = torch.stack([grid_x[:, :, None].expand(shape), grid_y[:, None, :].expand(shape)], dim=3)
     if not masks.is_floating_point():
         masks = masks.float()
+    # Sampled by columns: (T, W, H + 2).
     values = F.grid_sample(masks[owner, None], grid.to(masks.dtype), align_corners=False)[:, 0]
-    inside = (across < columns[:, None])[:, None, :] & (down < rows[:, None])[:, :, None]
-    filled = ((values >= _THRESHOLD) & inside).transpose(1, 2)  # (T, W, H)
-    filled = F.pad(filled.to(torch.int8), (1, 1))
+    filled = values >= _THRESHOLD
     tile, column, row = (filled[..., 1:] != filled[..., :-1]).nonzero().unbind(1)
-    position = (x[tile] + column) * height + y[tile] + row
-    return torch.stack([owner[tile], position]).cpu().numpy()
+    first = owner * (height * width + 1) + x * height + y  # (T,)
+    return first[tile] + column * height + row
 
 
-def _run_lengths(changes, size):
-    """Return the lengths of the runs of zeros and ones in turn, the first of zeros."""
-    if len(changes) and changes[-1] == size:
-        return np.diff(changes, prepend=0)
-    return np.diff(changes, prepend=0, append=size)
+def _run_lengths(changes, count, size, device):
+    """Return the runs of zeros and ones in turn, of each of ``count`` masks, the first of zeros.
+
+    Args:
+        changes: what :func:`_changes` returned, in any order.
+        count: D.
+        size: pixels of the image.
+
+    Returns:
+        (owner, runs), (L,) int64 each: the mask of each run, ascending, and its length.
+    """
+    ends = torch.arange(count, device=device) * (size + 1) + size  # of the last run of each mask
+    numbers = torch.cat([*changes, ends]).sort().values
+    owner, position = numbers // (size + 1), numbers % (size + 1)
+    # A run that ends where the next begins, at the foot of a column, goes on; and one that ends
+    # with the image is the last.
+    same = F.pad(numbers[1:] == numbers[:-1], (1, 1))
+    before, after = same[:-1], same[1:]
+    kept = (~(before | after) | ((position == size) & ~before)).nonzero().squeeze(1)
+    owner, position = owner[kept], position[kept]
+    begins = F.pad(position[:-1], (1, 0)).where(~_is_first(owner), 0)
+    return owner, position - begins
+
+
+def _is_first(owner):
+    return F.pad(owner[1:] != owner[:-1], (1, 0), value=True)
+
+
+def _texts(owner, runs, count):
+    """Return the runs of ``count`` masks as pycocotools writes them; see ``data/run_lengths.py``.
+
+    Args:
+        owner, runs: as from :func:`_run_lengths`; each mask has a run.
+
+    Returns:
+        A list of texts, as bytes.
+    """
+    place = torch.arange(len(runs), device=runs.device)
+    place = place - place.where(_is_first(owner), 0).cummax(0).values  # of a run in its mask
+    numbers = runs - F.pad(runs[:-2], (2, 0)).where(place > 2, 0)
+    # Groups of five bits, as many as hold a number with its sign.
+    size = numbers ^ (numbers >> 63)  # of as many bits without the sign
+    shifts = 5 * torch.arange(_GROUPS, device=runs.device)
+    needed = 1 + (size[:, None] >> (shifts[1:] - 1) > 0).sum(dim=1)  # (L,)
+    follows = shifts < 5 * (needed[:, None] - 1)  # (L, 7)
+    groups = (numbers[:, None] >> shifts & 31) + 32 * follows + 48
+    text = groups[shifts < 5 * needed[:, None]].to(torch.uint8)
+    lengths = torch.zeros(count, dtype=torch.long, device=runs.device).index_add_(0, owner, needed)
+    data = torch.cat([lengths.view(torch.uint8), text]).cpu().numpy()  # one copy
+    ends = data[: 8 * count].view(np.int64).cumsum().tolist()
+    text = data[8 * count :].tobytes()
+    return [text[start:end] for start, end in itertools.pairwise([0, *ends])]

@@ -4,8 +4,12 @@ Letters: N images, M objects of an image at most, R rows of an image, K classes.
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 
 import torch
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Instances
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -24,37 +28,37 @@ class Objects:
         classes: (N, M) long, -1 where there is no object.
     """
 
-    boxes: torch.Tensor
-    classes: torch.Tensor
+    boxes: Tensor
+    classes: Tensor
 
     @classmethod
-    def of(cls, instances) -> "Objects":
+    def of(cls, instances: Sequence[Instances]) -> "Objects":
         """Collect the ``gt_boxes`` and ``gt_classes`` of a list of Detectron2's ``Instances``.
 
         Objects without ``gt_classes``, which an RPN does not need, are all of class 0.
         """
         boxes = pad([x.gt_boxes.tensor for x in instances])
-        classes = [
+        of_images = [
             x.gt_classes if x.has("gt_classes") else x.gt_boxes.tensor.new_zeros(len(x)).long()
             for x in instances
         ]
-        classes = pad(classes, -1)
+        classes = pad(of_images, -1)
         if boxes.shape[1] == 0:
             boxes, classes = F.pad(boxes, (0, 0, 0, 1)), F.pad(classes, (0, 1), value=-1)
         return cls(boxes, classes)
 
     @property
-    def exist(self) -> torch.Tensor:
+    def exist(self) -> Tensor:
         """(N, M) bool: where there is an object."""
         return self.classes >= 0
 
     @property
-    def images_with_objects(self) -> torch.Tensor:
+    def images_with_objects(self) -> Tensor:
         """(N, 1) bool: which images have an object."""
         return self.exist[:, :1]
 
 
-def pad(tensors, value=0.0) -> torch.Tensor:
+def pad(tensors: Iterable[Tensor], value: float = 0.0) -> Tensor:
     """Return tensors (Ri, ...) as one (N, the largest Ri, ...), the shorter filled with a value."""
     return pad_sequence(list(tensors), batch_first=True, padding_value=value)
 
@@ -69,9 +73,9 @@ class Match:
         ious: float, that IoU; 0 without an object.
     """
 
-    matched: torch.Tensor
-    kind: torch.Tensor
-    ious: torch.Tensor
+    matched: Tensor
+    kind: Tensor
+    ious: Tensor
 
     def rows(self, objects: Objects, num_classes: int) -> Rows:
         """Return the rows labelled by class; those of an image without objects are background."""
@@ -87,7 +91,7 @@ class Match:
 
 
 @torch.no_grad()
-def match(objects: Objects, boxes: torch.Tensor, matcher) -> Match:
+def match(objects: Objects, boxes: Tensor, matcher: Matcher) -> Match:
     """Match boxes to the objects of their images by IoU.
 
     Args:
@@ -102,24 +106,24 @@ def match(objects: Objects, boxes: torch.Tensor, matcher) -> Match:
     chunks = boxes.split(max(_MOST_PAIRS // objects.classes.numel(), 1), dim=1)
     whole = pairwise_iou(objects.boxes, boxes) if len(chunks) == 1 else None  # (N, M, R)
 
-    def ious(index):
+    def ious(index: int) -> Tensor:
         return pairwise_iou(objects.boxes, chunks[index]) if whole is None else whole
 
-    best, matched, of_object = [], [], None
+    values_of, matched_of, of_object = [], [], None
     for index in range(len(chunks)):
         of_chunk = ious(index)
         values, indices = of_chunk.max(dim=1)  # (N, R)
-        best.append(values)
-        matched.append(indices)
+        values_of.append(values)
+        matched_of.append(indices)
         if matcher.allow_low_quality_matches:
             values = of_chunk.amax(dim=2)  # (N, M)
             of_object = values if of_object is None else of_object.maximum(values)
-    best, matched = torch.cat(best, dim=1), torch.cat(matched, dim=1)
+    best, matched = torch.cat(values_of, dim=1), torch.cat(matched_of, dim=1)
 
     kind = torch.full_like(matched, matcher.labels[0], dtype=torch.int8)
     for threshold, label in zip(matcher.thresholds[1:-1], matcher.labels[1:], strict=True):
         kind.masked_fill_(best >= threshold, label)
-    if matcher.allow_low_quality_matches:
+    if of_object is not None:
         # The rows of an object's largest IoU are its own however small that is, 0 included.
         of_object = of_object.where(objects.exist, torch.inf).unsqueeze(2)
         low = [(ious(index) == of_object).any(dim=1) for index in range(len(chunks))]
@@ -127,7 +131,7 @@ def match(objects: Objects, boxes: torch.Tensor, matcher) -> Match:
     return Match(matched, kind, best)
 
 
-def pairwise_iou(objects: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+def pairwise_iou(objects: Tensor, boxes: Tensor) -> Tensor:
     """Return the IoUs (N, M, R) of objects (N, M, 4) with boxes (N or 1, R, 4).
 
     The operations are those of Detectron2's ``pairwise_iou``, so the numbers are, too.
@@ -143,7 +147,7 @@ def pairwise_iou(objects: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def match_points(objects: Objects, anchors: list, radius: float) -> Match:
+def match_points(objects: Objects, anchors: Sequence[Tensor], radius: float) -> Match:
     """Match FCOS's points to the objects of their images (arXiv 2006.09214, section 2.1).
 
     A point belongs to the smallest object that it lies in and near whose centre it is, if its level
@@ -159,21 +163,26 @@ def match_points(objects: Objects, anchors: list, radius: float) -> Match:
         :class:`Match`; ``ious`` are 0, as points have none.
     """
     sizes = [len(level) for level in anchors]
-    anchors = torch.cat(anchors)  # (R, 4)
-    points = (anchors[:, :2] + anchors[:, 2:]) / 2  # (R, 2)
-    stride = anchors[:, 2] - anchors[:, 0]  # (R,)
+    squares = torch.cat(list(anchors))  # (R, 4)
+    points = (squares[:, :2] + squares[:, 2:]) / 2  # (R, 2)
+    stride = squares[:, 2] - squares[:, 0]  # (R,)
     lower, upper = stride * 4, stride * 8
     lower[: sizes[0]] = 0
     upper[len(upper) - sizes[-1] :] = torch.inf
     step = max(_MOST_PAIRS // (4 * objects.classes.numel()), 1)
-    chunks = [x.split(step) for x in (points, stride, lower, upper)]
-    qualities = [_point_quality(objects, *chunk, radius) for chunk in zip(*chunks)]
+    chunks = zip(*(x.split(step) for x in (points, stride, lower, upper)))
+    qualities = [
+        _point_quality(objects, at, of_stride, low, high, radius)
+        for at, of_stride, low, high in chunks
+    ]
     best, matched = (torch.cat(x, dim=1) for x in zip(*(q.max(dim=1) for q in qualities)))
     kind = (best >= 1e-5).to(torch.int8)
     return Match(matched, kind, torch.zeros_like(best))
 
 
-def _point_quality(objects, points, stride, lower, upper, radius):
+def _point_quality(
+    objects: Objects, points: Tensor, stride: Tensor, lower: Tensor, upper: Tensor, radius: float
+) -> Tensor:
     """Return (N, M, R): 1e8 minus an object's area where a point may belong to it, else 0."""
     boxes = objects.boxes.unsqueeze(2)  # (N, M, 1, 4)
     centres = (boxes[..., :2] + boxes[..., 2:]) / 2

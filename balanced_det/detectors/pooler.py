@@ -16,6 +16,7 @@ from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes
 from detectron2.utils.tracing import is_fx_tracing
+from torch import Tensor
 
 from ..ops.roi_align import roi_align
 from ..rows import on_device
@@ -42,7 +43,7 @@ class BatchedROIPooler(ROIPooler):
             canonical_level=pooler.canonical_level,
         )
 
-    def forward(self, x: list[torch.Tensor], box_lists: list[Boxes]) -> torch.Tensor:
+    def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
         """Return the regions (T, C, S, S) of the boxes of all images, in their order.
 
         Args:
@@ -68,13 +69,13 @@ class BatchedROIPooler(ROIPooler):
             first.aligned,
         )
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> ROIPooler:
         """Return what ``torch.jit.script`` compiles in place of this module."""
         pooler = copy.copy(self)
         pooler.__class__ = ROIPooler
         return pooler
 
-    def _levels(self, boxes):
+    def _levels(self, boxes: Tensor) -> Tensor:
         """Return the level (T,) of each box as an index, by Detectron2's rule."""
         if len(self.level_poolers) == 1:
             return torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)

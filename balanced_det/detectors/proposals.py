@@ -6,27 +6,31 @@ levels at once, with the same proposals in the same order, and one copy to the h
 Letters: N images, C candidates of an image, P proposals of an image at most.
 """
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.structures import Boxes, Instances
+from torch import Tensor
 
+from ..criterion import BoxTransform
 from ..ops.nms import nms_mask
 from ..rows import on_device
 
 
 @torch.no_grad()
 def top_proposals(
-    anchors,
-    logits,
-    deltas,
-    image_sizes,
+    anchors: Sequence[Boxes],
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    image_sizes: Sequence[tuple[int, int]],
     *,
-    transform,
-    nms_threshold,
-    before_nms,
-    after_nms,
-    min_size,
-    refuse_infinite,
-):
+    transform: BoxTransform,
+    nms_threshold: float,
+    before_nms: int,
+    after_nms: int,
+    min_size: float,
+    refuse_infinite: bool,
+) -> list[Instances]:
     """Return one ``Instances`` an image with ``proposal_boxes`` and ``objectness_logits``.
 
     Args:
@@ -62,7 +66,7 @@ def top_proposals(
     best = scores.where(kept, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     best = best[:, :after_nms]  # (N, P)
     counts = kept.sum(dim=1).clamp(max=after_nms)
-    *counts, all_finite = torch.cat([counts, finite.all().unsqueeze(0)]).tolist()
+    *numbers, all_finite = torch.cat([counts, finite.all().unsqueeze(0)]).tolist()
     if refuse_infinite and not all_finite:
         raise FloatingPointError(
             "Predicted boxes or scores contain Inf/NaN. Training has diverged."
@@ -70,13 +74,19 @@ def top_proposals(
     boxes = boxes.gather(1, best.unsqueeze(2).expand(-1, -1, 4))  # (N, P, 4)
     scores = scores.gather(1, best)
     proposals = [Instances(size) for size in image_sizes]
-    for of_image, *found, count in zip(proposals, boxes, scores, counts):
+    for of_image, *found, count in zip(proposals, boxes, scores, numbers):
         of_image.proposal_boxes = Boxes(found[0][:count])
         of_image.objectness_logits = found[1][:count]
     return proposals
 
 
-def _candidates(anchors, logits, deltas, transform, before_nms):
+def _candidates(
+    anchors: Sequence[Boxes],
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    transform: BoxTransform,
+    before_nms: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best anchors of each level: boxes (N, C, 4), logits (N, C) and levels (C,)."""
     boxes, scores, levels = [], [], []
     for index, (anchors_of, logits_of, deltas_of) in enumerate(zip(anchors, logits, deltas)):
@@ -89,7 +99,7 @@ def _candidates(anchors, logits, deltas, transform, before_nms):
     return torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels)
 
 
-def clip(boxes, image_sizes):
+def clip(boxes: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Tensor:
     """Return the boxes (N, C, 4) of each image clipped to its size, (height, width)."""
     limits = on_device([(w, h, w, h) for h, w in image_sizes], boxes)  # (N, 4)
     return boxes.clamp(min=0).minimum(limits.unsqueeze(1))

@@ -1,5 +1,8 @@
 """Where the config of a region head is translated: ``BALANCE.ROI_HEADS`` and Detectron2's keys."""
 
+from typing import Any
+
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
 from ..build import (
@@ -9,7 +12,9 @@ from ..build import (
     build_selection,
     initial_prior,
 )
+from ..criterion import Criterion
 from ..errors import InputError
+from ..selection import Selection
 
 REPLACED_KEYS = {
     "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (0.0, "BALANCE.SmoothL1Loss.BETA"),
@@ -19,7 +24,9 @@ REPLACED_KEYS = {
 }
 
 
-def region_arguments(cfg, input_shape, num_classes, fixed_threshold):
+def region_arguments(
+    cfg: CfgNode, input_shape: ShapeSpec, num_classes: int, fixed_threshold: float
+) -> dict[str, Any]:
     """Translate ``cfg.BALANCE.ROI_HEADS`` into the arguments of a box predictor.
 
     Args:
@@ -41,7 +48,7 @@ def region_arguments(cfg, input_shape, num_classes, fixed_threshold):
     }
 
 
-def proposal_selection(cfg):
+def proposal_selection(cfg: CfgNode) -> Selection:
     """Build the :class:`~balanced_det.selection.Selection` of region heads."""
     keys = cfg.MODEL.ROI_HEADS
     quota = (keys.BATCH_SIZE_PER_IMAGE, keys.POSITIVE_FRACTION)
@@ -53,7 +60,7 @@ def _num_features(input_shape: ShapeSpec) -> int:
     return input_shape.channels * (input_shape.width or 1) * (input_shape.height or 1)
 
 
-def check_classifier(classifier, in_features, criterion):
+def check_classifier(classifier: Any, in_features: int, criterion: Criterion) -> None:
     """Refuse a last layer that does not fit a region's features or the criterion's logits."""
     expected = in_features, criterion.num_logits
     found = classifier.in_features, classifier.out_features

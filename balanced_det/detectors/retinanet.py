@@ -3,15 +3,21 @@
 With focal loss and smooth L1 the losses are Detectron2's own.
 """
 
-from detectron2.config import configurable
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor
 
 from ..build import refuse_overridden_keys
+from ..criterion import Criterion
+from ..selection import Rows
 from . import replaced
 from .dense import BalancedDenseDetector, balance_arguments
-from .matching import match
+from .matching import Objects, match
 from .replaced import refuse_replaced, without
 from .wide_conv import replace_classifier
 
@@ -35,7 +41,7 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
     """
 
     @configurable
-    def __init__(self, *, criterion, head, anchor_generator, **kwargs):
+    def __init__(self, *, criterion: Criterion, head: Any, anchor_generator: Any, **kwargs: Any):
         refuse_replaced(kwargs, {**replaced.DENSE, **replaced.REGRESSION})
         replace_classifier(head, anchor_generator.num_anchors[0] * criterion.num_logits)
         super().__init__(
@@ -43,25 +49,34 @@ class BalancedRetinaNet(BalancedDenseDetector, RetinaNet):
         )
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Translate the config, see :class:`BalancedRetinaNet`."""
         refuse_overridden_keys(cfg, "DENSE", _REPLACED_KEYS)
         ret = without(super().from_config(cfg), {**replaced.DENSE, **replaced.REGRESSION})
         ret.update(balance_arguments(cfg, ret["num_classes"], ret["test_score_thresh"], 100))
         return ret
 
-    def label_anchors(self, anchors, objects):
+    def label_anchors(self, anchors: Sequence[Boxes], objects: Objects) -> Rows:
         """Label the anchors of a batch by their IoU with objects; see the base class."""
         return match(objects, Boxes.cat(anchors).tensor, self.anchor_matcher).rows(
             objects, self.num_classes
         )
 
-    def forward_training(self, images, features, predictions, gt_instances):
+    def forward_training(
+        self,
+        images: ImageList,
+        features: Sequence[Tensor],
+        predictions: Sequence[Sequence[Tensor]],
+        gt_instances: Sequence[Instances],
+    ) -> dict[str, Tensor]:
         """Return ``{"loss_cls", "loss_box_reg"}``; arguments as in Detectron2."""
+        logits, deltas = predictions
         anchors = self.anchor_generator(features)
-        return self._dense_losses(anchors, *predictions, gt_instances)[0]
+        return self._dense_losses(anchors, logits, deltas, gt_instances)[0]
 
-    def forward_inference(self, images, features, predictions):
+    def forward_inference(
+        self, images: ImageList, features: Sequence[Tensor], predictions: Sequence[Sequence[Tensor]]
+    ) -> list[Instances]:
         """Return one ``Instances`` an image; arguments as in Detectron2."""
         logits, deltas = predictions
         return self._detections(self.anchor_generator(features), logits, deltas, images)

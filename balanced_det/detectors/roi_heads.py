@@ -8,12 +8,20 @@ losses are Detectron2's own.
 Letters: N images, R proposals of an image at most, T proposals that take part in all.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
-from torch import nn
+from torch import Tensor, nn
 
 from ..build import refuse_overridden_keys
 from ..rows import nonzero, on_device
+from ..selection import Rows, Selection
 from .box_predictor import BalancedFastRCNNOutputLayers
 from .mask_targets import MatchedMasks, foreground_proposals
 from .matching import Objects, match, pad
@@ -30,7 +38,18 @@ class BatchedROIHeads:
         kwargs: Detectron2's own arguments.
     """
 
-    def __init__(self, *, selection, **kwargs):
+    # Of Detectron2's heads.
+    training: bool
+    num_classes: int
+    box_predictor: Any
+    proposal_append_gt: bool
+    proposal_matcher: Matcher
+    mask_on: bool
+    mask_pooler: Any
+    mask_in_features: Sequence[str]
+    mask_head: Any
+
+    def __init__(self, *, selection: Selection, **kwargs: Any):
         super().__init__(**with_batched_poolers(kwargs))
         self.selection = selection
         stages = isinstance(self.box_predictor, nn.ModuleList)
@@ -38,14 +57,17 @@ class BatchedROIHeads:
             predictor.selection = selection  # one says which rows count, and what divides them
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Translate the config, see the class."""
         # Before Detectron2 builds its own predictor, which would refuse some of them its way.
         refuse_overridden_keys(cfg, "ROI_HEADS", REPLACED_KEYS)
-        return {**super().from_config(cfg, input_shape), "selection": proposal_selection(cfg)}
+        arguments = super().from_config(cfg, input_shape)  # type: ignore[misc]  # Detectron2's
+        return {**arguments, "selection": proposal_selection(cfg)}
 
     @torch.no_grad()
-    def label_and_sample_proposals(self, proposals, targets):
+    def label_and_sample_proposals(
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
         """Label the proposals of a batch and keep those that take part.
 
         A sampler by loss keeps them all here, and chooses when the box head knows their losses.
@@ -70,7 +92,7 @@ class BatchedROIHeads:
             rows = self.selection(rows)
         counts = rows.takes_part.sum(dim=1).tolist()  # the one copy to the host
         image, row = nonzero(rows.takes_part, sum(counts))  # (T,)
-        matched = rows.matched[image, row]
+        matched = rows.known("matched")[image, row]
         return _instances(
             [p.image_size for p in proposals],
             counts,
@@ -81,7 +103,9 @@ class BatchedROIHeads:
             gt_boxes=Boxes(objects.boxes[image, matched]),
         )
 
-    def label_boxes(self, boxes, sizes, objects, matcher):
+    def label_boxes(
+        self, boxes: Tensor, sizes: Sequence[int], objects: Objects, matcher: Matcher
+    ) -> Rows:
         """Return the :class:`~balanced_det.selection.Rows` of padded boxes (N, R, 4).
 
         Args:
@@ -94,17 +118,25 @@ class BatchedROIHeads:
         exist = place < on_device(sizes, place).unsqueeze(1)  # (N, R)
         return match(objects, boxes, matcher).rows(objects, self.num_classes).keep(exist)
 
-    def _forward_mask(self, features, instances):
+    def _forward_mask(self, features: dict[str, Tensor], instances: list[Instances]) -> Any:
         """Train the mask head on the foreground proposals of the batch; see Detectron2's."""
         if not (self.training and self.mask_on and self.mask_pooler is not None):
-            return super()._forward_mask(features, instances)
+            return super()._forward_mask(features, instances)  # type: ignore[misc]  # Detectron2's
         instances = foreground_proposals(instances, self.num_classes)
-        features = [features[name] for name in self.mask_in_features]
-        features = self.mask_pooler(features, [p.proposal_boxes for p in instances])
-        return self.mask_head(features, instances)
+        pooled = self.mask_pooler(
+            [features[name] for name in self.mask_in_features],
+            [p.proposal_boxes for p in instances],
+        )
+        return self.mask_head(pooled, instances)
 
 
-def _instances(image_sizes, counts, targets, matched, **fields):
+def _instances(
+    image_sizes: Sequence[tuple[int, int]],
+    counts: list[int],
+    targets: Sequence[Instances],
+    matched: Tensor,
+    **fields: Boxes | Tensor,
+) -> list[Instances]:
     """Split the T rows of a batch into one ``Instances`` an image, of ``counts`` rows each."""
     fields = {name: _split(value, counts) for name, value in fields.items()}
     batch = []
@@ -120,13 +152,15 @@ def _instances(image_sizes, counts, targets, matched, **fields):
     return batch
 
 
-def _split(value, counts):
+def _split(value: Boxes | Tensor, counts: list[int]) -> Sequence[Boxes | Tensor]:
     if isinstance(value, Boxes):
         return [Boxes(part) for part in value.tensor.split(counts)]
     return value.split(counts)
 
 
-def balanced_predictor(cfg, box_head, predictor):
+def balanced_predictor(
+    cfg: CfgNode, box_head: nn.Module, predictor: FastRCNNOutputLayers
+) -> BalancedFastRCNNOutputLayers:
     """Return the predictor that takes the place of Detectron2's in one stage."""
     return BalancedFastRCNNOutputLayers(
         cfg, box_head.output_shape, box2box_transform=predictor.box2box_transform

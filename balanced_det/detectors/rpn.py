@@ -4,18 +4,22 @@ With binary cross entropy, smooth L1 and random sampling the losses are Detectro
 the proposals, in order.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from detectron2.config import configurable
-from detectron2.layers import cat
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
-from torch import nn
+from torch import Tensor, nn
 
 from ..build import build_criterion, build_selection, initial_prior, refuse_overridden_keys
+from ..criterion import Criterion
 from ..errors import InputError
 from ..rows import nonzero
-from ..selection import PerQuota
+from ..selection import PerQuota, Rows, Selection
 from . import replaced
 from .encoding import WaitlessTransform
 from .matching import Objects, match
@@ -39,7 +43,14 @@ class BalancedRPN(RPN):
     num_classes = 1
 
     @configurable
-    def __init__(self, *, criterion, selection, prior_prob=0.5, **kwargs):
+    def __init__(
+        self,
+        *,
+        criterion: Criterion,
+        selection: Selection,
+        prior_prob: float | None = 0.5,
+        **kwargs: Any,
+    ):
         refuse_replaced(kwargs, {**replaced.REGRESSION, "loss_weight": 1.0})
         super().__init__(**kwargs)
         self.criterion = criterion
@@ -47,7 +58,7 @@ class BalancedRPN(RPN):
         self.set_prior(prior_prob)
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Translate the config, see :class:`BalancedRPN`."""
         refuse_overridden_keys(cfg, "RPN", replaced.RPN_KEYS)
         ret = without(super().from_config(cfg, input_shape), replaced.REGRESSION)
@@ -68,11 +79,11 @@ class BalancedRPN(RPN):
         }
 
     @property
-    def row_features(self):
+    def row_features(self) -> Sequence[str]:
         """The names of the feature maps that have rows, fine to coarse."""
         return self.in_features
 
-    def label_rows(self, features, instances):
+    def label_rows(self, features: Sequence[Tensor], instances: Sequence[Instances]) -> Tensor:
         """Return the labels (N, R) of a batch's anchors, after sampling where that needs no losses.
 
         Of ``features``, one tensor a level, only the last two sizes matter.
@@ -80,10 +91,10 @@ class BalancedRPN(RPN):
         rows, _ = self.label_and_sample_anchors(self.anchor_generator(features), instances)
         return (rows if self.selection.sampler.needs_losses else self.selection(rows)).labels
 
-    def set_prior(self, prior_prob):
+    def set_prior(self, prior_prob: float | None) -> None:
         """Start every anchor with the given objectness: set the bias of the last layer."""
-        layer = getattr(self.rpn_head, "objectness_logits", None)
-        if not isinstance(layer, nn.Module):
+        layer: Any = getattr(self.rpn_head, "objectness_logits", None)
+        if layer is None:
             raise InputError(
                 f"MODEL.RPN.HEAD_NAME: {type(self.rpn_head).__name__} has no layer "
                 "'objectness_logits' whose bias BALANCE.RPN.PRIOR_PROB could set."
@@ -91,22 +102,31 @@ class BalancedRPN(RPN):
         bias = self.criterion.classification_loss.initial_bias(prior_prob)
         nn.init.constant_(layer.bias, bias.item())
 
-    def label_and_sample_anchors(self, anchors, gt_instances):
+    def label_and_sample_anchors(
+        self, anchors: Sequence[Boxes], gt_instances: Sequence[Instances]
+    ) -> tuple[Rows, Objects]:
         """Label the anchors of a batch; which of them take part is chosen in :meth:`losses`.
 
         Arguments as in Detectron2. Returns (:class:`~balanced_det.selection.Rows`, (N, R); the
         batch's :class:`~balanced_det.detectors.matching.Objects`).
         """
         objects = Objects.of(gt_instances)
-        anchors = Boxes.cat(anchors)
-        rows = match(objects, anchors.tensor, self.anchor_matcher).objectness_rows()
+        boxes = Boxes.cat(anchors)
+        rows = match(objects, boxes.tensor, self.anchor_matcher).objectness_rows()
         if self.anchor_boundary_thresh >= 0:
             sizes = [x.image_size for x in gt_instances]
-            inside = [anchors.inside_box(size, self.anchor_boundary_thresh) for size in sizes]
+            inside = [boxes.inside_box(size, self.anchor_boundary_thresh) for size in sizes]
             rows = rows.keep(torch.stack(inside))
         return rows, objects
 
-    def losses(self, anchors, pred_objectness_logits, rows, pred_anchor_deltas, objects):
+    def losses(
+        self,
+        anchors: Sequence[Boxes],
+        pred_objectness_logits: Sequence[Tensor],
+        rows: Rows,
+        pred_anchor_deltas: Sequence[Tensor],
+        objects: Objects,
+    ) -> dict[str, Tensor]:
         """Return ``{"loss_rpn_cls", "loss_rpn_loc"}``.
 
         Args:
@@ -128,12 +148,18 @@ class BalancedRPN(RPN):
             WaitlessTransform(self.box2box_transform),
             Boxes.cat(anchors).tensor[anchor],
             cat(pred_anchor_deltas, dim=1)[image, anchor],
-            objects.boxes[image, rows.matched[image, anchor]],
+            objects.boxes[image, rows.known("matched")[image, anchor]],
         )
         losses = self.criterion(logits, rows.labels, boxes, self.selection.normalizer(rows))
         return {"loss_rpn_cls": losses["loss_cls"], "loss_rpn_loc": losses["loss_box_reg"]}
 
-    def predict_proposals(self, anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes):
+    def predict_proposals(
+        self,
+        anchors: Sequence[Boxes],
+        pred_objectness_logits: Sequence[Tensor],
+        pred_anchor_deltas: Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[Instances]:
         """Return one ``Instances`` an image; arguments as in Detectron2."""
         arguments = (anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
         if torch.jit.is_tracing() or torch.jit.is_scripting():

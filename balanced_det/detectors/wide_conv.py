@@ -1,7 +1,9 @@
 """The last layer of a dense detector with many classes."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ class WideConv2d(nn.Conv2d):
     all of inference, is ``nn.Conv2d``'s own.
     """
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Convolve x (N, in_channels, H, W)."""
         k_h, k_w = self.kernel_size
         wide = k_h * k_w * self.in_channels < self.out_channels
@@ -34,7 +36,7 @@ class WideConv2d(nn.Conv2d):
         )
 
 
-def replace_classifier(head, num_anchors_times_logits):
+def replace_classifier(head: Any, num_anchors_times_logits: int) -> None:
     """Give a dense head a last layer of as many logits as the classification loss needs."""
     old = head.cls_score
     head.cls_score = WideConv2d(
@@ -48,14 +50,22 @@ def replace_classifier(head, num_anchors_times_logits):
 
 class _WideConvolution(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = {"stride": stride, "padding": padding, "dilation": dilation}
         return F.conv2d(x, weight, bias, **ctx.geometry)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # Under autocast the gradient is of the type that the convolution was computed in.
         x, weight = (saved.to(gradient.dtype) for saved in ctx.saved_tensors)
         of_x = of_weight = of_bias = None
@@ -68,7 +78,7 @@ class _WideConvolution(Function):
         return of_x, of_weight, of_bias, None, None, None
 
 
-def weight_gradient(x, shape, gradient, **geometry):
+def weight_gradient(x: Tensor, shape: tuple[int, ...], gradient: Tensor, **geometry: Any) -> Tensor:
     """Return the gradient of a convolution's weight, see :class:`WideConv2d`.
 
     Args:

@@ -47,7 +47,7 @@ def statistics_names(model: nn.Module) -> list[str]:
     They are all buffers of a criterion, a loss or a score threshold, and those that another module
     names in an attribute ``statistics``.
     """
-    names = set()
+    names: set[str] = set()
     for prefix, module in model.named_modules():
         owns_all = isinstance(module, Criterion | ClassificationLoss | BoxLoss | ScoreThreshold)
         own = dict(module.named_buffers()) if owns_all else getattr(module, "statistics", ())

@@ -1,6 +1,7 @@
 """How much of the classification gradient the rare, common and frequent classes have."""
 
 import functools
+from typing import Any
 
 import torch
 from detectron2.engine import HookBase
@@ -29,7 +30,7 @@ class LogGradientShare(HookBase):
         self.groups = groups
         self.period = period
         self._sums: dict[str, Tensor] = {}
-        self._handles = []
+        self._handles: list[Any] = []
 
     def before_step(self):
         """Watch the logits of the steps that are looked at."""

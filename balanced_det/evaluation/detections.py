@@ -13,11 +13,10 @@ import re
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
-from operator import itemgetter
 
 import numpy as np
 
+from ..data import columns
 from ..data.annotations import Annotations, box, integer, number, read_bytes
 from ..errors import InputError
 
@@ -75,51 +74,40 @@ def read_detections(
     return plain if plain is not None else _checked_columns(rows, truth, iou_type, first)
 
 
-def _index_by_id(truth):
-    images = {image.id: index for index, image in enumerate(truth.images)}
-    return images, {category.id: index for index, category in enumerate(truth.categories)}
-
-
 def _plain_columns(rows, truth, iou_type):
     """What :func:`_checked_columns` returns for rows of plain integers and floats; else None.
 
     A column at a time: six million detections are read in seconds.
     """
-    images, classes = _index_by_id(truth)
+    images, classes = (
+        np.array([entry.id for entry in entries]) for entries in (truth.images, truth.categories)
+    )
     try:
-        shape = "bbox" if iou_type == "bbox" else "segmentation"
-        image_ids, category_ids, scores, shapes = (
-            list(map(itemgetter(key), rows)) for key in ("image_id", "category_id", "score", shape)
-        )
-        if not (_are(image_ids, int) and _are(category_ids, int) and _are(scores, float, int)):
-            return None  # 1.0 is an id, true is none, text is no score: one by one
-        image = np.fromiter(map(images.__getitem__, image_ids), np.int64, len(rows))
-        category = np.fromiter(map(classes.__getitem__, category_ids), np.int64, len(rows))
-        boxes = masks = None
-        if iou_type == "segm":
-            masks = [_run_lengths(mask, i) for i, mask in enumerate(shapes)]
-        else:
-            if not _are(shapes, list) or not {4}.issuperset(map(len, shapes)):
+        found, masks = [], []
+        for part in columns.parts(rows):
+            image = columns.positions(columns.field(part, "image_id"), images)
+            category = columns.positions(columns.field(part, "category_id"), classes)
+            scores = columns.numbers(columns.field(part, "score"))
+            if iou_type == "bbox":
+                shapes = columns.boxes(columns.field(part, "bbox"))
+            else:
+                shapes = np.empty((len(part), 0))
+                masks += [_run_lengths(row["segmentation"], None) for row in part]
+            if not (np.isfinite(scores).all() and np.isfinite(shapes).all()):
                 return None
-            flat = list(chain.from_iterable(shapes))
-            if not _are(flat, float, int):
-                return None
-            boxes = np.fromiter(flat, np.float64, len(flat)).reshape(-1, 4)
-    except (KeyError, TypeError, ValueError, OverflowError, IndexError, AttributeError):
+            found.append((image, category, scores, shapes))
+    except columns.NOT_PLAIN:
         return None
-    scores = np.array(scores, dtype=np.float64)
-    if not np.isfinite(scores).all() or not (boxes is None or np.isfinite(boxes).all()):
-        return None
-    return Detections(image, category, scores, boxes, masks)
-
-
-def _are(values, *types):
-    return set(types).issuperset(map(type, values))
+    *numbers, boxes = columns.joined(found)
+    return Detections(*numbers, *((boxes, None) if iou_type == "bbox" else (None, masks)))
 
 
 def _checked_columns(rows, truth, iou_type, first=0):
     """Check one detection after the other, and name the first that is wrong."""
-    images, classes = _index_by_id(truth)
+    images, classes = (
+        {entry.id: index for index, entry in enumerate(entries)}
+        for entries in (truth.images, truth.categories)
+    )
     image, category, scores, boxes, masks = [], [], [], [], []
     for index, row in enumerate(rows, start=first):
         if not isinstance(row, Mapping):

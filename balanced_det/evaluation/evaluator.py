@@ -24,7 +24,7 @@ from .detections import (
     row_text,
     texts_of,
 )
-from .lvis import FIXED_MAX_DETS, IOU_TYPES, MAX_DETS, Matcher, best_of_each_class
+from .lvis import FIXED_MAX_DETS, IOU_TYPES, MAX_DETS, Matcher, best_of_each
 from .operating_points import OperatingPoints
 from .per_class import (
     class_rows,
@@ -397,7 +397,7 @@ def _fixed_from_file(truth, path, tasks, class_groups):
     for rows in lines_of_detection_file(path):
         category.extend(classes[row["category_id"]] for row in rows)
         scores.extend(row["score"] for row in rows)
-    best = best_of_each_class(np.array(category), np.array(scores), FIXED_MAX_DETS)
+    best = best_of_each(np.array(category, dtype=np.int64), np.array(scores), FIXED_MAX_DETS)
     counted = iter(best.tolist())
     matchers = {task: Matcher(truth, task, None) for task in tasks}
     for rows in lines_of_detection_file(path):

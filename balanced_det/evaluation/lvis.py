@@ -21,8 +21,11 @@ infer and only their states are brought together (:class:`Matcher`). Nothing her
 or torch.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
 
 import hotcoco
 import numpy as np
@@ -152,7 +155,7 @@ def fixed_result(
     per_class: int = FIXED_MAX_DETS,
 ) -> LVISResult:
     """Return fixed AP: the ``per_class`` best detections of each class count, in any image."""
-    counted = best_of_each_class(detections.category, detections.scores, per_class)
+    counted = best_of_each(detections.category, detections.scores, per_class)
     best = detections.take(np.flatnonzero(counted))
     matcher = Matcher(truth, iou_type, None)
     matcher.update_all(best)
@@ -162,18 +165,23 @@ def fixed_result(
     )
 
 
-def best_of_each_class(
-    category: np.ndarray, scores: np.ndarray, per_class: int = FIXED_MAX_DETS
-) -> np.ndarray:
-    """Return (n,) bool: whether a detection is among the ``per_class`` best of its class.
+def best_of_each(group: np.ndarray, scores: np.ndarray, most: int) -> np.ndarray:
+    """Return (n,) bool: whether a detection is among the ``most`` best of its group.
 
     Of equal scores the first are.
+
+    Args:
+        group: (n,) integers of at least 0, the class or the image of each detection.
+        scores: (n,) finite.
+        most: detections of a group.
     """
-    order = np.lexsort((-scores, category))  # by class, the best first
-    classes = category[order]
-    rank = np.arange(len(order)) - np.searchsorted(classes, classes)
+    if np.bincount(group).max(initial=0) <= most:
+        return np.ones(len(group), dtype=bool)
+    order = np.lexsort((-scores, group))  # by group, the best first
+    groups = group[order]
+    rank = np.arange(len(order)) - np.searchsorted(groups, groups)
     counted = np.zeros(len(order), dtype=bool)
-    counted[order[rank < per_class]] = True
+    counted[order[rank < most]] = True
     return counted
 
 
@@ -213,10 +221,19 @@ class Matcher:
         categories = [{"id": c + 1, "name": str(c)} for c in range(len(truth.categories))]
         self._state = hotcoco.StreamingEval(categories, iou_type, params=params)
         self._given = np.zeros(len(truth.images), dtype=bool)
-        self._waiting = []
-        self._rows = _objects(truth)  # indices of the objects that count
-        self._objects_of = _grouped(truth.image[self._rows], len(truth.images))
-        self._class_index = {category.id: c for c, category in enumerate(truth.categories)}
+        self._waiting: list[Any] = []
+        self._num_waiting = 0
+        rows = _objects(truth)  # indices of the objects that count
+        self._rows = rows[np.argsort(truth.image[rows], kind="stable")]  # by image
+        self._first_row = np.searchsorted(
+            truth.image[self._rows], np.arange(len(truth.images) + 1)
+        )  # (I + 1,)
+        # Pairs of an image and a class are numbers, image * K + class, in ascending order.
+        self._not_exhaustive = _listed_pairs(truth, "not_exhaustive_category_ids")
+        present = truth.image[self._rows] * len(truth.categories) + truth.category[self._rows]
+        self._looked_for = np.union1d(present, _listed_pairs(truth, "neg_category_ids"))
+        # COCO: for every class.
+        self._all_looked_for = np.array([i.neg_category_ids is None for i in truth.images])
 
     def update(
         self,
@@ -238,43 +255,63 @@ class Matcher:
         Raises:
             InputError: the image was given before, or a mask is none of this image.
         """
-        if self._given[image]:
-            raise InputError(f"Image {self._truth.images[image].id} is evaluated twice.")
-        self._given[image] = True
-        order = np.argsort(-scores, kind="stable")[: self._max_dets]
         if self._iou_type == "bbox":
-            boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)[order]
-            area = boxes[:, 2] * boxes[:, 3]
-            masks = [None] * len(order)
-        else:
-            masks = [masks[i] for i in order]
-            area = _mask_areas(masks, self._truth.images[image])
-            # The library takes a detection's size from its box: one of the mask's area.
-            boxes = np.zeros((len(order), 4))
-            boxes[:, 2], boxes[:, 3] = area, 1
-        rows = np.empty((len(order), 7))
-        rows[:, 0] = image + 1
-        rows[:, 1:5] = boxes
-        rows[:, 5] = scores[order]
-        rows[:, 6] = category[order] + 1
-        counted = (area > 0) & (area < np.inf)  # as the `lvis` package
-        counted &= self._looked_for(image, category[order])
-        masks = [mask for mask, is_counted in zip(masks, counted) if is_counted]
-        self._waiting.append((image, rows[counted], masks))
-        if len(self._waiting) >= self._BATCH:
-            self._match()
+            boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+        self._add(
+            range(image, image + 1), np.full(len(scores), image), category, scores, boxes, masks
+        )
 
     def update_all(self, detections: Detections) -> None:
-        """Match the detections of all images."""
-        of_image = _grouped(detections.image, len(self._truth.images))
-        for image, rows in enumerate(of_image):
-            self.update(
-                image,
-                detections.category[rows],
-                detections.scores[rows],
-                None if detections.boxes is None else detections.boxes[rows],
-                None if detections.masks is None else [detections.masks[i] for i in rows],
-            )
+        """Match the detections of all images.
+
+        Raises:
+            InputError: as :meth:`update`.
+        """
+        order = np.argsort(detections.image, kind="stable")
+        for first in range(0, len(self._truth.images), self._BATCH):
+            images = range(first, min(first + self._BATCH, len(self._truth.images)))
+            start, end = np.searchsorted(detections.image, (first, images.stop), sorter=order)
+            part = detections.take(order[start:end])
+            self._add(images, part.image, part.category, part.scores, part.boxes, part.masks)
+
+    def _add(self, images, image, category, scores, boxes, masks):
+        """Let the detections of some images wait; when they are many enough, match them.
+
+        Args:
+            images: range of the images.
+            image: (n,) the image of each detection, ascending.
+            category, scores, boxes, masks: as of :meth:`update`, of all of them.
+        """
+        given = self._given[images.start : images.stop]
+        if given.any():
+            twice = self._truth.images[images[int(given.argmax())]]
+            raise InputError(f"Image {twice.id} is evaluated twice.")
+        given[:] = True
+        best = np.arange(len(scores))
+        if self._max_dets is not None:
+            best = np.flatnonzero(best_of_each(image - images.start, scores, self._max_dets))
+        if self._iou_type == "bbox":
+            area = boxes[best, 2] * boxes[best, 3]
+        else:
+            masks = [masks[i] for i in best]
+            area = _mask_areas(masks, image[best], self._truth.images)
+        counted = (area > 0) & (area < np.inf)  # as the `lvis` package
+        counted &= self._is_looked_for(images, image[best], category[best])
+        best, area = best[counted], area[counted]
+        rows = np.empty((len(best), 7))
+        rows[:, 0] = image[best] + 1
+        if self._iou_type == "bbox":
+            rows[:, 1:5] = boxes[best]
+        else:
+            # The library takes a detection's size from its box: one of the mask's area.
+            rows[:, 1:3], rows[:, 3], rows[:, 4] = 0, area, 1
+            masks = list(itertools.compress(masks, counted.tolist()))
+        rows[:, 5] = scores[best]
+        rows[:, 6] = category[best] + 1
+        self._waiting.append((images, rows, masks))
+        self._num_waiting += len(images)
+        if self._num_waiting >= self._BATCH:
+            self._match()
 
     def to_bytes(self) -> tuple[bytes, np.ndarray]:
         """Return the state, to be handed to another process for :meth:`merged`."""
@@ -330,21 +367,22 @@ class Matcher:
 
     def _match_rest(self):
         """Match what waits, and the images that were not given as images without a detection."""
-        for image in np.flatnonzero(~self._given):
-            self._waiting.append((int(image), np.empty((0, 7)), []))
+        for image in np.flatnonzero(~self._given).tolist():
+            self._waiting.append((range(image, image + 1), np.empty((0, 7)), []))
         self._match()
 
-    def _looked_for(self, image, category):
-        """(n,) bool: whether the image's annotators looked for the class."""
-        negative = self._truth.images[image].neg_category_ids
-        if negative is None:
-            return np.ones(len(category), dtype=bool)  # COCO: for every class
-        present = self._truth.category[self._rows[self._objects_of[image]]].tolist()
-        return np.isin(category, present + self._listed(negative))
+    def _is_looked_for(self, images, image, category):
+        """(n,) bool: whether the image's annotators looked for the class; -1 is no class here."""
+        table = np.zeros((len(images), len(self._truth.categories)), dtype=bool)
+        table[self._all_looked_for[images.start : images.stop]] = True
+        table.ravel()[self._pairs_of(images, self._looked_for)] = True
+        return table[image - images.start, category] & (category >= 0)
 
-    def _listed(self, category_ids):
-        """The classes of ids; ids that are no class's have no effect, as in `lvis`."""
-        return [self._class_index[i] for i in category_ids if i in self._class_index]
+    def _pairs_of(self, images, pairs):
+        """The pairs of some images, as numbers that begin with 0 at the first of the images."""
+        classes = len(self._truth.categories)
+        first, last = images.start * classes, images.stop * classes
+        return pairs[slice(*np.searchsorted(pairs, (first, last)))] - first
 
     def _match(self):
         """Give the waiting images to the library, with their objects."""
@@ -355,62 +393,75 @@ class Matcher:
     def _take_waiting(self):
         """Images, objects, detections (n, 7) and their masks as the library takes them."""
         images, objects, masks = [], [], []
-        for image, rows, image_masks in self._waiting:
-            entry = self._truth.images[image]
-            objects_here = self._rows[self._objects_of[image]]
-            images.append({"id": image + 1, "height": entry.height or 1, "width": entry.width or 1})
-            objects.extend(self._object_entry(int(index)) for index in objects_here)
-            found = set(rows[:, 6].astype(int).tolist())
-            objects.extend(
-                self._region_entry(image, c)
-                for c in self._listed(entry.not_exhaustive_category_ids or ())
-                if c + 1 in found
-            )
-            masks.extend(image_masks)
+        for block, rows, block_masks in self._waiting:
+            for image in block:
+                entry = self._truth.images[image]
+                size = {"height": entry.height or 1, "width": entry.width or 1}
+                images.append({"id": image + 1, **size})
+            first, last = self._first_row[block.start], self._first_row[block.stop]
+            objects += self._object_entries(self._rows[first:last])
+            objects += self._region_entries(block, rows)
+            masks += block_masks or []
         rows = np.concatenate([rows for _, rows, _ in self._waiting])
         shapes = {"segmentation": masks} if self._iou_type == "segm" else {}
-        self._waiting = []
+        self._waiting, self._num_waiting = [], 0
         return images, objects, rows, shapes
 
-    def _region_entry(self, image, c):
-        """A crowd that holds the whole image, for a class of which not all objects are annotated.
+    def _region_entries(self, images, rows):
+        """Crowds that hold a whole image, for classes of which not all objects are annotated.
 
         A detection that matches no object lies in it, so it is ignored, as LVIS has it.
         """
-        entry = {
-            "id": len(self._truth) + 1 + image * len(self._truth.categories) + c,
-            "image_id": image + 1,
-            "category_id": c + 1,
-            "bbox": [-1e7, -1e7, 2e7, 2e7],
-            "area": 4e14,
-            "iscrowd": 1,
-        }
-        if self._iou_type == "segm":
-            height, width = self._truth.images[image].height, self._truth.images[image].width
-            entry["segmentation"] = {"size": [height, width], "counts": [0, height * width]}
-        return entry
+        classes = len(self._truth.categories)
+        pairs = self._pairs_of(images, self._not_exhaustive)
+        if not len(pairs):
+            return []
+        found = np.zeros(len(images) * classes, dtype=bool)
+        image, category = rows[:, [0, 6]].astype(np.int64).T - 1
+        found[(image - images.start) * classes + category] = True
+        entries = []
+        for pair in (pairs[found[pairs]] + images.start * classes).tolist():
+            image, category = divmod(pair, classes)
+            entry = {
+                "id": len(self._truth) + 1 + pair,
+                "image_id": image + 1,
+                "category_id": category + 1,
+                "bbox": [-1e7, -1e7, 2e7, 2e7],
+                "area": 4e14,
+                "iscrowd": 1,
+            }
+            if self._iou_type == "segm":
+                height, width = self._truth.images[image].height, self._truth.images[image].width
+                entry["segmentation"] = {"size": [height, width], "counts": [0, height * width]}
+            entries.append(entry)
+        return entries
 
-    def _object_entry(self, index):
+    def _object_entries(self, rows):
+        """The objects of the annotations at ``rows`` as the library takes them."""
         truth = self._truth
-        image = truth.images[truth.image[index]]
-        x, y, width, height = truth.boxes[index].tolist()
-        entry = {
+        columns = (truth.image + 1, truth.category + 1, truth.boxes, truth.crowd.view(np.int8))
+        entries = [
             # Numbered from 1: 0 may stand for "matched nothing".
-            "id": index + 1,
-            "image_id": int(truth.image[index]) + 1,
-            "category_id": int(truth.category[index]) + 1,
-            "bbox": [x, y, width, height],
-            "iscrowd": int(truth.crowd[index]),
-        }
-        area = float(truth.area[index])
+            {"id": i + 1, "image_id": image, "category_id": c, "bbox": box, "iscrowd": crowd}
+            for i, image, c, box, crowd in zip(
+                rows.tolist(), *(column[rows].tolist() for column in columns), strict=True
+            )
+        ]
+        area = truth.area[rows]
         if self._iou_type == "segm":
-            entry["segmentation"] = _as_run_lengths(truth.segmentation[index], image)
-            if np.isnan(area):
-                area = _mask_area(entry["segmentation"], image)
-        elif np.isnan(area):
-            area = max(width, 0.0) * max(height, 0.0)
+            for place, (index, entry) in enumerate(zip(rows.tolist(), entries, strict=True)):
+                image = truth.images[truth.image[index]]
+                entry["segmentation"] = _as_run_lengths(truth.segmentation[index], image)
+                if np.isnan(area[place]):
+                    area[place] = _mask_area(entry["segmentation"], image)
+        else:
+            own = truth.boxes[rows, 2:].clip(min=0).prod(axis=1)
+            area = np.where(np.isnan(area), own, area)
         # An area in no range of sizes is LVIS's way to ignore an object.
-        return {**entry, "area": -1.0 if truth.ignore[index] else area}
+        area = np.where(truth.ignore[rows], -1.0, area)
+        for entry, value in zip(entries, area.tolist(), strict=True):
+            entry["area"] = value
+        return entries
 
     def _protocol(self):
         federated = any(image.neg_category_ids is not None for image in self._truth.images)
@@ -447,11 +498,17 @@ def _objects(truth):
     return np.flatnonzero(truth.finite() & ~(truth.area <= 0) & ~no_area)
 
 
-def _grouped(values, count):
-    """For each number below ``count``, the ascending indices at which ``values`` has it."""
-    order = np.argsort(values, kind="stable")
-    bounds = np.searchsorted(values[order], np.arange(1, count))
-    return np.split(order, bounds)
+def _listed_pairs(truth, key):
+    """Pairs of each image and the classes that it lists at ``key``, ascending.
+
+    Ids that are no class's have no effect, as in `lvis`.
+    """
+    listed = [getattr(image, key) or () for image in truth.images]
+    image = np.repeat(np.arange(len(listed)), list(map(len, listed)))
+    ids = np.fromiter(itertools.chain.from_iterable(listed), np.int64, len(image))
+    known = np.array([category.id for category in truth.categories])
+    classes = np.searchsorted(known, ids).clip(max=len(known) - 1)
+    return np.unique((image * len(known) + classes)[known[classes] == ids])
 
 
 def _check_masks(truth):
@@ -480,16 +537,23 @@ def _mask_area(mask, image):
     return float(hotcoco.mask.area(mask))
 
 
-def _mask_areas(masks, image):
-    """(n,) pixels of each mask of an image."""
+def _mask_areas(masks, image, images):
+    """(n,) pixels of each mask; ``image`` (n,) ascending tells which of ``images`` it is in."""
+    areas = [np.zeros(0)]
+    for index, of_image in itertools.groupby(zip(image.tolist(), masks), itemgetter(0)):
+        areas.append(_areas_in_image([mask for _, mask in of_image], images[index]))
+    return np.concatenate(areas)
+
+
+def _areas_in_image(masks, image):
     size = [image.height, image.width]
-    if all(list(mask["size"]) == size for mask in masks):
-        try:
-            return np.asarray(hotcoco.mask.area(masks)) if masks else np.zeros(0)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise InputError(f"A mask detected in image {image.id} is broken: {error}.") from None
-    wrong = next(list(mask["size"]) for mask in masks if list(mask["size"]) != size)
-    raise InputError(f"A mask detected in image {image.id} has size {wrong}, not {size}.")
+    wrong = next((list(mask["size"]) for mask in masks if list(mask["size"]) != size), None)
+    if wrong is not None:
+        raise InputError(f"A mask detected in image {image.id} has size {wrong}, not {size}.")
+    try:
+        return np.asarray(hotcoco.mask.area(masks), dtype=np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"A mask detected in image {image.id} is broken: {error}.") from None
 
 
 def _metrics(precision, recall, groups):

@@ -2,11 +2,11 @@
 
 import csv
 import io
-import itertools
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tabulate import tabulate
 
@@ -60,16 +60,13 @@ def _numbers(of_class):
 
 def class_table(rows: Sequence[Mapping], tasks: Sequence[str]) -> str:
     """Return AP of each class as text; two classes a line, as Detectron2 prints classes."""
-    cells = [
+    cells: list[list[Any]] = [
         ["-" if row[key] is None else row[key] for key in ("name", "group", "train_images")]
         + [row[task]["AP"] for task in tasks]
         for row in rows
     ]
     half = (len(cells) + 1) // 2
-    lines = [
-        left + right
-        for left, right in itertools.zip_longest(cells[:half], cells[half:], fillvalue=[])
-    ]
+    lines = [left + right for left, right in zip(cells[:half], [*cells[half:], []])]
     headers = ["class", "group", "train images", *(f"AP {task}" for task in tasks)] * 2
     return tabulate(lines, headers=headers, tablefmt="pipe", floatfmt=".3f", numalign="left")
 

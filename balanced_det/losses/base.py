@@ -10,7 +10,7 @@ R rows, K object classes, C channels (logits) a row; ``(*)`` any leading dimensi
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -24,12 +24,12 @@ CLASSIFICATION_LOSSES = Registry("classification loss")
 BOX_LOSSES = Registry("box loss")
 
 
-def upcast(tensor):
+def upcast(tensor: Tensor) -> Tensor:
     """Return ``tensor`` as float32, or as it is where it is float64 already."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def add(terms):
+def add(terms: Iterable[Tensor]) -> Tensor:
     """Return the sum of at least one tensor; Python's ``sum`` would add the first to 0 first."""
     return functools.reduce(operator.add, terms)
 
@@ -39,7 +39,7 @@ def row_labels(levels: list[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.cat([y.flatten() for _, y in levels])
 
 
-def reciprocal(normalizer):
+def reciprocal(normalizer: float | Tensor) -> float | Tensor:
     """Return 1 / normalizer for a number or a 0-dim tensor, which is not read on the host.
 
     0 counts as 1: it comes with a sum of 0, and an empty batch must give 0, not nan.
@@ -47,7 +47,7 @@ def reciprocal(normalizer):
     return 1.0 / (normalizer + (normalizer == 0))
 
 
-def normalize(total, normalizer):
+def normalize(total: Tensor, normalizer: float | Tensor) -> Tensor:
     """Return ``total / normalizer`` in the dtype of ``total``; see :func:`reciprocal`."""
     return (total * reciprocal(normalizer)).to(total.dtype)
 
@@ -96,6 +96,8 @@ class ClassificationLoss(nn.Module):
         num_classes: K, the number of object classes.
         num_logits: C, channels of a row; any number, the detector sizes its last layer by it.
         class_weight: (K,), or None, see :meth:`weigh_classes`.
+        per_level: each pyramid level is a batch of its own, so that the loss of a list of levels is
+            another than that of all rows as one; False unless a subclass sets it.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -106,6 +108,7 @@ class ClassificationLoss(nn.Module):
     scores_rise_with_logits: ClassVar[bool] = False
     scores_are_a_distribution: ClassVar[bool] = False
     neutral: ClassVar[dict | None] = None
+    per_level = False
     example: ClassVar[dict] = {}
 
     def __init__(self, num_classes: int, num_logits: int):
@@ -114,7 +117,7 @@ class ClassificationLoss(nn.Module):
             raise InputError(f"{type(self).__name__} needs at least one class, not {num_classes}.")
         self.num_classes = num_classes
         self.num_logits = num_logits
-        self.class_weights = None
+        self.class_weights: ClassWeights | None = None
 
     def weigh_classes(self, class_weight: Tensor | Sequence[float] | None) -> "ClassificationLoss":
         """Let a row of class j count ``class_weight[j]`` times; return the loss itself.
@@ -215,9 +218,11 @@ class ClassificationLoss(nn.Module):
         """
         raise NotImplementedError
 
-    def _levels(self, logits, labels):
-        if isinstance(logits, Tensor):
-            logits, labels = [logits], [labels]
+    def _levels(
+        self, logits: Tensor | Sequence[Tensor], labels: Tensor | Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        logits = [logits] if isinstance(logits, Tensor) else logits
+        labels = [labels] if isinstance(labels, Tensor) else labels
         if not logits or len(logits) != len(labels):
             raise InputError(
                 f"{type(self).__name__} got {len(logits)} levels of logits "
@@ -232,7 +237,7 @@ class ClassificationLoss(nn.Module):
             self._check_labels(y)
         return list(zip(logits, labels))
 
-    def _check_labels(self, labels):
+    def _check_labels(self, labels: Tensor) -> None:
         if labels.device.type != "cpu" or labels.numel() == 0:
             return
         least, largest = (int(label) for label in labels.aminmax())
@@ -251,19 +256,32 @@ class BoxLoss(nn.Module):
         divides_by_own_count, sums_over_workers: as in :class:`ClassificationLoss`.
         space: what a row of four numbers is: ``"deltas"``, the regression targets as the detector
             encodes them, or ``"boxes"``, corners (x1, y1, x2, y2) in pixels.
+
+    Attributes:
+        per_level: the loss wants to know which pyramid level each row is of, see
+            :meth:`level_sum`; False unless a subclass sets it.
     """
 
     space: ClassVar[str] = "deltas"
     divides_by_own_count: ClassVar[bool] = False
     sums_over_workers: ClassVar[bool] = False
+    per_level = False
 
-    def forward(self, pred: Tensor, target: Tensor, normalizer: float | Tensor = 1.0) -> Tensor:
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        normalizer: float | Tensor = 1.0,
+        levels: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss summed over all rows, divided by ``normalizer``.
 
         Args:
             pred: (N, 4), any floating dtype; arithmetic is in float32 at least.
             target: (N, 4).
             normalizer: a number or a 0-dim tensor; 0 counts as 1.
+            levels: (L, N) bool, which rows are of each of L pyramid levels, fine to coarse; None
+                where there are none, or nobody asks (:attr:`per_level`).
 
         Returns:
             A 0-dim tensor; for N = 0, a zero that backpropagates.
@@ -276,9 +294,17 @@ class BoxLoss(nn.Module):
                 f"{type(self).__name__} needs two (N, 4) tensors, not {tuple(pred.shape)} "
                 f"and {tuple(target.shape)}."
             )
-        total = self.loss_sum(upcast(pred), upcast(target))
+        pred, target = upcast(pred), upcast(target)
+        if levels is None or not self.per_level:
+            total = self.loss_sum(pred, target)
+        else:
+            total = self.level_sum(pred, target, levels)
         return total if self.divides_by_own_count else normalize(total, normalizer)
 
     def loss_sum(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the loss summed over the rows of two (N, 4) tensors."""
+        raise NotImplementedError
+
+    def level_sum(self, pred: Tensor, target: Tensor, levels: Tensor) -> Tensor:
+        """Return the same where the level of each row matters; ``levels`` is (L, N) bool."""
         raise NotImplementedError

@@ -39,6 +39,10 @@ class EffectiveMargins(ClassStatistic):
         shift, weight: (K + 1,) buffers, a - b and w of the module's docstring.
     """
 
+    class_counts: Tensor
+    shift: Tensor
+    weight: Tensor
+
     def __init__(self, num_classes: int, class_counts: Sequence[float] | Tensor | None):
         super().__init__(num_classes, class_counts)
         self.register_buffer("shift", torch.zeros(num_classes + 1), persistent=False)

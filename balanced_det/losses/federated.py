@@ -36,6 +36,9 @@ class DrawWeights(ClassStatistic):
         power: of the counts.
     """
 
+    class_counts: Tensor
+    log_weight: Tensor
+
     def __init__(
         self, num_classes: int, class_counts: Sequence[float] | Tensor | None, power: float
     ):

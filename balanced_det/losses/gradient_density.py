@@ -27,7 +27,7 @@ training does, then gives the gradient of one process that sees the whole batch.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..distributed import num_workers, sum_over_workers
 from ..errors import InputError
@@ -50,14 +50,17 @@ class GradientDensity(nn.Module):
 
     Attributes:
         counts: (B,) buffer, elements in each bin of the latest batch that had foreground, over all
-            workers.
+            workers; of its coarsest level where levels are counted one by one.
         running: (2, B) buffer, S_b and 1 - momentum^t_b.
 
     In evaluation mode (``.eval()``) weights are what they would be in training, but nothing is
     stored and other workers are not asked.
     """
 
-    def __init__(self, bins, momentum, bias_correction):
+    counts: Tensor
+    running: Tensor
+
+    def __init__(self, bins: int, momentum: float, bias_correction: bool):
         super().__init__()
         if bins < 1:
             raise InputError(f"A gradient density needs at least one bin, not {bins}.")
@@ -70,11 +73,11 @@ class GradientDensity(nn.Module):
         self.register_buffer("counts", torch.zeros(bins, dtype=torch.float64))
         self.register_buffer("running", torch.zeros(2, bins, dtype=torch.float64))
 
-    def bin_index(self, lengths):
+    def bin_index(self, lengths: Tensor) -> Tensor:
         """Return the bin of each gradient length, long, shaped like ``lengths``."""
         return bin_index(lengths, self.bins)
 
-    def histogram(self, lengths, valid=None):
+    def histogram(self, lengths: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return the (B,) int64 count of gradient lengths in each bin.
 
         Args:
@@ -87,7 +90,7 @@ class GradientDensity(nn.Module):
         return counts.scatter_add_(0, self.bin_index(lengths).flatten(), ones.flatten())
 
     @torch.no_grad()
-    def weights(self, counts, num_foreground):
+    def weights(self, counts: Tensor, num_foreground: Tensor) -> Tensor:
         """Take a batch into the statistics and return the weight of an element in each bin.
 
         Args:
@@ -122,7 +125,7 @@ class GradientDensity(nn.Module):
         return torch.where(occupied, workers / (density * occupied.sum()), 0.0)
 
     @property
-    def density(self):
+    def density(self) -> Tensor:
         """The (B,) smoothed count of each bin that weights are made of; 0 for one never seen."""
         running_counts, running_mass = self.running
         if not self.bias_correction:
@@ -130,7 +133,7 @@ class GradientDensity(nn.Module):
         return torch.where(running_mass > 0, running_counts / running_mass, 0.0)
 
     @torch.no_grad()
-    def gradient_totals(self):
+    def gradient_totals(self) -> tuple[Tensor, Tensor]:
         """Return the gradient that each bin of the latest batch contributes to the mean loss.
 
         Returns:

@@ -17,6 +17,8 @@ class GradientRatio(nn.Module):
         sums: (2, K) float64 buffer, of y = 1 and of y = 0, saved with the model.
     """
 
+    sums: Tensor
+
     def __init__(self, num_classes: int, initial: float):
         super().__init__()
         self.initial = initial

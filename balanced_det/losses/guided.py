@@ -6,16 +6,18 @@ The box loss is computed on foreground rows only and so stays in scale whatever 
 background rows; it guides the classification loss, which does not. The official code divides the
 losses of each process on its own; here r comes from losses summed over the workers, so that all of
 them scale alike. The official code also doubles the region head's scaled classification loss;
-that is left to the caller.
+that is left to the caller. A batch without foreground has no classification loss there; here it
+keeps its own, with r = 1.
 """
 
 import torch
+from torch import Tensor
 
 from ..distributed import sum_over_workers
 
 
 @torch.no_grad()
-def guided_scale(loss_cls, loss_box):
+def guided_scale(loss_cls: Tensor, loss_box: Tensor) -> Tensor:
     """Return r, the factor that gives the classification loss the size of the box loss.
 
     Args:

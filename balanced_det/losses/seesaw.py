@@ -55,6 +55,7 @@ class SeesawLoss(ClassificationLoss):
     scores_are_a_distribution = True
     refused_on = {"RPN": "it has two logits beside the classes; RPN predicts one logit an anchor"}
     neutral = {"p": 0.0, "q": 0.0}
+    label_counts: Tensor
 
     def __init__(self, num_classes: int, p: float = 0.8, q: float = 2.0):
         super().__init__(num_classes, num_logits=num_classes + 2)
@@ -78,7 +79,7 @@ class SeesawLoss(ClassificationLoss):
         total = add(self._losses_sum(x, y, log_counts) for x, y in levels)
         return (total * scale).to(total.dtype)
 
-    def _losses_sum(self, logits, labels, log_counts):
+    def _losses_sum(self, logits: Tensor, labels: Tensor, log_counts: Tensor) -> Tensor:
         """Return both cross entropies summed over the rows of a level."""
         classes, class_label, objectness, is_object = self._parts(logits, labels)
         if classes.device.type == "cpu":  # where nobody waits for their number, objects alone
@@ -90,14 +91,14 @@ class SeesawLoss(ClassificationLoss):
             losses = losses * self.class_weight[class_label.clamp(min=0)]
         return losses.sum() + softmax_cross_entropy(objectness, is_object).sum()
 
-    def _count(self, labels):
+    def _count(self, labels: Tensor) -> Tensor:
         labels = labels.flatten().long()
         index = labels.where(foreground(labels, self.num_classes), self.num_classes)
         counts = self.label_counts.new_zeros(self.num_classes + 1)
         # Whole numbers in float64: exact in any order.
         return counts.index_add_(0, index, torch.ones_like(index, dtype=counts.dtype))[:-1]
 
-    def _parts(self, logits, labels):
+    def _parts(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the class logits and the class of each row, and the same of objectness.
 
         (R, K), finite; (R,), -1 where the row is no object; (R, 2); and (R,), 0 an object, 1

@@ -1,6 +1,6 @@
 """The family of losses over independent sigmoids: K of them, or K + 1 with background."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,16 @@ class SigmoidLoss(ClassificationLoss):
         """Return the keyword arguments of ``sigmoid_loss`` that make the method."""
         return {}
 
+    def level_options(self, levels: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
+        """Return :meth:`pass_options` for each level, with the class weights where there are any.
+
+        A subclass overrides it where levels differ; those here share one dictionary.
+        """
+        options = dict(self.pass_options(levels))
+        if self.class_weight is not None:
+            self._add_class_weight(options, self.class_weight)
+        return [options] * len(levels)
+
     def after_pass(self, gradient_sums: Tensor, scale: float | Tensor) -> None:
         """Take what a training step's pass has summed, where the options ask for gradient sums.
 
@@ -48,26 +58,31 @@ class SigmoidLoss(ClassificationLoss):
         self, levels: list[tuple[Tensor, Tensor]], scale: float | Tensor, overwrite_logits: bool
     ) -> Tensor:
         """Return ``scale`` times the loss summed over rows and channels."""
-        options = dict(self.pass_options(levels), overwrite_logits=overwrite_logits)
-        if self.class_weight is not None:
-            self._add_class_weight(options)
+        options = self.level_options(levels)
         is_float16 = any(x.dtype == torch.float16 for x, _ in levels)
-        options["scale"] = self._float16_scale() if is_float16 else scale
-        results = [sigmoid_loss(x, y, **options) for x, y in levels]
-        if options.get("gradient_sums", False):
-            results, sums = zip(*results)
+        common: dict[str, Any] = {
+            "overwrite_logits": overwrite_logits,
+            "scale": self._float16_scale() if is_float16 else scale,
+        }
+        # A loss a level, or a loss and its gradient sums.
+        results: list[Any] = [
+            sigmoid_loss(x, y, **of_level, **common)
+            for (x, y), of_level in zip(levels, options, strict=True)
+        ]
+        if options[0].get("gradient_sums", False):
+            results, sums = map(list, zip(*results))
             if self.training:
                 self.after_pass(add(sums), scale)
         total = add(results)
-        return (total * (scale / options["scale"])).to(total.dtype) if is_float16 else total
+        return (total * (scale / common["scale"])).to(total.dtype) if is_float16 else total
 
-    def _add_class_weight(self, options):
+    def _add_class_weight(self, options: dict[str, Any], class_weight: Tensor) -> None:
         # Channels beyond the classes, such as one of background, keep weight 1.
-        weight = F.pad(self.class_weight, (0, self.num_logits - self.num_classes), value=1.0)
+        weight = F.pad(class_weight, (0, self.num_logits - self.num_classes), value=1.0)
         given = options.get("positive_weight")
         options["positive_weight"] = weight if given is None else weight * given
 
-    def _float16_scale(self):
+    def _float16_scale(self) -> float | Tensor:
         if self.class_weight is None:
             return _FLOAT16_SCALE
         # A weight may be as large as K, and the gradient has to stay below 65,504.

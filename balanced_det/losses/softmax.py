@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from ..errors import InputError
@@ -42,6 +43,8 @@ class SoftmaxLoss(ClassificationLoss):
 
     def row_weight(self, labels: Tensor) -> Tensor:
         """Return the class weight of each row's own class, 1 for background, (R,)."""
+        if self.class_weight is None:
+            return torch.ones(labels.numel(), device=labels.device)
         weight = F.pad(self.class_weight, (0, 1), value=1.0)  # (K + 1,)
         return weight[labels.flatten().clamp(0, self.num_classes).long()]
 
@@ -106,11 +109,11 @@ class _Finite(torch.autograd.Function):
     """A clamp that lets gradients through, which are bounded anyway, without a mask to save."""
 
     @staticmethod
-    def forward(ctx, logits):
+    def forward(ctx: FunctionCtx, logits: Tensor) -> Tensor:
         return logits.clamp(-_LARGEST, _LARGEST)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> Tensor:
         return grad_output
 
 

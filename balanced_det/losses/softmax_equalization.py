@@ -8,6 +8,9 @@ tztztztztz/eql.detectron2) draws one for every (row, class), and so do we. It se
 -1e7, we to -inf; the true class is never dropped, so the sum is never empty. The paper has no
 background class; ours is channel K, which is never tail. Background rows drop tail classes like any
 other row, because SEQL has no E(r).
+
+A class is tail where f < lambda, as the paper has it; the reference counts a class of lambda images
+as tail, too, which is ``tail_includes_threshold``.
 """
 
 from collections.abc import Sequence
@@ -28,10 +31,12 @@ class SoftmaxEqualizationLoss(SoftmaxLoss):
     Args:
         num_classes: K; the loss has K + 1 logits.
         class_frequency: as in :class:`~balanced_det.losses.EqualizationLoss`.
-        tail_threshold: as there.
+        tail_threshold: classes with a smaller frequency are the tail.
         drop_probability: P(beta = 1), the chance to drop a tail class from a row's softmax, which
             keeps the row from suppressing it (gamma in the paper); 0 is cross entropy.
-        tail_share: as there.
+        tail_share: replaces ``tail_threshold``: the rarest round(tail_share K) classes are tail.
+        tail_includes_threshold: a class whose frequency is the threshold is tail, as in the
+            reference.
 
     Raises:
         InputError: as there, and for a probability outside [0, 1].
@@ -48,12 +53,18 @@ class SoftmaxEqualizationLoss(SoftmaxLoss):
         tail_threshold: float = 0.00177,
         drop_probability: float = 0.9,
         tail_share: float | None = None,
+        tail_includes_threshold: bool = False,
     ):
         super().__init__(num_classes)
         if not 0 <= drop_probability <= 1:
             raise InputError(f"drop_probability must be in [0, 1], not {drop_probability}.")
         self.tail = TailClasses(
-            num_classes, class_frequency, tail_threshold, tail_share, loss=type(self).__name__
+            num_classes,
+            class_frequency,
+            tail_threshold,
+            tail_share,
+            tail_includes_threshold=tail_includes_threshold,
+            loss=type(self).__name__,
         )
         self.drop_probability = drop_probability
 

@@ -1,6 +1,7 @@
 """Numbers counted in the training data that a loss keeps with the model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,5 +72,5 @@ class ClassStatistic(nn.Module):
             )
 
     @staticmethod
-    def _after_load(module, incompatible_keys):
+    def _after_load(module: "ClassStatistic", incompatible_keys: Any) -> None:
         module.derive_if_known()

@@ -31,6 +31,7 @@ class TailClasses(ClassStatistic):
         tail_share: a share of classes in (0, 1) that replaces the threshold when given: the rarest
             round(tail_share K) classes are the tail; of equally rare classes those of
             smaller index come first.
+        tail_includes_threshold: T(f) = 1 where f <= tail_threshold.
         loss: name of the loss that has these classes, whose keys a warning names.
 
     Attributes:
@@ -41,6 +42,9 @@ class TailClasses(ClassStatistic):
 
     name = "class_frequency"
     meaning = "the fraction of training images that hold each class"
+    class_frequency: Tensor
+    _mask: Tensor
+    _negative_weight: Tensor
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class TailClasses(ClassStatistic):
         tail_threshold: float,
         tail_share: float | None = None,
         *,
+        tail_includes_threshold: bool = False,
         loss: str,
     ):
         super().__init__(num_classes, class_frequency)
@@ -59,6 +64,7 @@ class TailClasses(ClassStatistic):
             raise InputError(f"tail_threshold must be a share of images, not {tail_threshold}.")
         self.tail_threshold = tail_threshold
         self.tail_share = tail_share
+        self.tail_includes_threshold = tail_includes_threshold
         # Derived from the frequencies, hence not saved.
         self.register_buffer("_mask", torch.zeros(num_classes, dtype=torch.bool), persistent=False)
         self.register_buffer("_negative_weight", torch.ones(num_classes), persistent=False)
@@ -90,7 +96,9 @@ class TailClasses(ClassStatistic):
     def derive(self) -> None:
         """Find the tail."""
         frequency = self.class_frequency
-        if self.tail_share is None:
+        if self.tail_share is None and self.tail_includes_threshold:
+            tail = frequency <= self.tail_threshold
+        elif self.tail_share is None:
             tail = frequency < self.tail_threshold
         else:
             tail = torch.zeros_like(self._mask)
@@ -112,7 +120,7 @@ class TailClasses(ClassStatistic):
         present = self.class_frequency > 0
         return int((self._mask & present).sum()), int(present.sum())
 
-    def _warn_unless_useful(self):
+    def _warn_unless_useful(self) -> None:
         num_tail, num_present = self.counts()
         if not tail_is_useful(num_tail, num_present):
             frequency = self.class_frequency[self.class_frequency > 0].tolist() or [0.0]

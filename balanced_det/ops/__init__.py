@@ -19,8 +19,11 @@ overlapping boxes of many groups at once, :mod:`.roi_align` pools the features o
 """
 
 import functools
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
@@ -34,20 +37,20 @@ _MAX_DIM = 5  # (N, H, W, A, K), what a dense head makes.
 
 
 def sigmoid_loss(
-    logits,
-    labels,
+    logits: Tensor,
+    labels: Tensor,
     *,
-    alpha=None,
-    gamma=0.0,
-    weight=None,
-    positive_weight=None,
-    negative_weight=None,
-    background_weight=None,
-    bin_weight=None,
-    scale=1.0,
-    overwrite_logits=False,
-    gradient_sums=False,
-):
+    alpha: float | None = None,
+    gamma: float | Tensor = 0.0,
+    weight: Tensor | None = None,
+    positive_weight: Tensor | None = None,
+    negative_weight: Tensor | None = None,
+    background_weight: Tensor | None = None,
+    bin_weight: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    overwrite_logits: bool = False,
+    gradient_sums: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Sum a weighted sigmoid cross entropy over all rows labelled >= 0 and all K classes.
 
     Args:
@@ -106,17 +109,21 @@ def sigmoid_loss(
         if scale.device.type != "cpu" and scale.device != logits.device:
             raise InputError(f"scale is on {scale.device}, the logits on {logits.device}.")
         scale = scale.item() if scale.device.type == "cpu" else scale.detach()
+    tables = {
+        "weight": (weight, num_classes),
+        "positive_weight": (positive_weight, num_classes),
+        "negative_weight": (negative_weight, num_classes),
+        "background_weight": (background_weight, num_classes),
+        "bin_weight": (bin_weight, None),  # of any length
+    }
     options = dict(
         alpha=alpha,
-        gamma=gamma if isinstance(gamma, torch.Tensor) else float(gamma),
-        weight=_table("weight", weight, num_classes, logits, dtype),
-        positive_weight=_table("positive_weight", positive_weight, num_classes, logits, dtype),
-        negative_weight=_table("negative_weight", negative_weight, num_classes, logits, dtype),
-        background_weight=_table(
-            "background_weight", background_weight, num_classes, logits, dtype
-        ),
-        bin_weight=_table("bin_weight", bin_weight, None, logits, dtype),
+        gamma=gamma if isinstance(gamma, Tensor) else float(gamma),
         scale=scale,
+        **{
+            name: None if table is None else _table(name, table, length, logits, dtype)
+            for name, (table, length) in tables.items()
+        },
     )
     backend = _backend(logits)
     sums = logits.new_zeros((2, num_classes), dtype=torch.float64) if gradient_sums else None
@@ -126,10 +133,10 @@ def sigmoid_loss(
         if overwrite_logits:
             _check_overwritable(logits)
         loss = _SigmoidLoss.apply(logits, labels, backend, overwrite_logits, sums, options)
-    return (loss, sums) if gradient_sums else loss
+    return loss if sums is None else (loss, sums)
 
 
-def gradient_histogram(logits, labels, bins):
+def gradient_histogram(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
     """Count the gradient lengths g = |sigmoid(x) - y| of all rows labelled >= 0 and all classes.
 
     Args:
@@ -151,7 +158,15 @@ class _SigmoidLoss(torch.autograd.Function):
     """Makes the gradient together with the loss; backward hands it over."""
 
     @staticmethod
-    def forward(ctx, logits, labels, backend, overwrite, sums, options):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        backend: ModuleType,
+        overwrite: bool,
+        sums: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
         gradient = logits.detach() if overwrite else empty_gradient(logits)
         loss = backend.loss_and_gradient(logits.detach(), labels, gradient, sums, **options)
         ctx.version = None
@@ -164,7 +179,7 @@ class _SigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # An attribute, not save_for_backward: only the sole owner of a gradient may scale it in
         # place and hand it on without a copy.
         gradient = ctx.gradient
@@ -186,11 +201,11 @@ class _SigmoidLoss(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def _graph_is_retained():
+def _graph_is_retained() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _check_rows(logits, labels):
+def _check_rows(logits: Tensor, labels: Tensor) -> None:
     if not logits.is_floating_point():
         raise InputError(f"logits must be floating point, not {logits.dtype}.")
     if logits.dim() == 0 or logits.dim() > _MAX_DIM:
@@ -206,8 +221,8 @@ def _check_rows(logits, labels):
         raise InputError(f"labels are on {labels.device}, the logits on {logits.device}.")
 
 
-def _check_overwritable(logits):
-    if logits.is_leaf or (logits._is_view() and logits._base.is_leaf):
+def _check_overwritable(logits: Tensor) -> None:
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
         raise InputError(
             "overwrite_logits needs logits that an operation made, not a leaf or a view of one."
         )
@@ -215,9 +230,9 @@ def _check_overwritable(logits):
         raise InputError("overwrite_logits needs logits of which no two share memory.")
 
 
-def _table(name, table, length, logits, dtype):
-    if table is None:
-        return None
+def _table(
+    name: str, table: Tensor, length: int | None, logits: Tensor, dtype: torch.dtype
+) -> Tensor:
     if table.dim() != 1 or (length is not None and len(table) != length):
         wanted = "(B,)" if length is None else f"({length},)"
         raise InputError(f"{name} must have the shape {wanted}, not {tuple(table.shape)}.")
@@ -226,12 +241,12 @@ def _table(name, table, length, logits, dtype):
     return table.detach().to(dtype).contiguous()
 
 
-def _backend(logits):
+def _backend(logits: Tensor) -> ModuleType:
     return _triton_kernels() if uses_triton(logits) else reference
 
 
 @functools.cache
-def _triton_kernels():
+def _triton_kernels() -> ModuleType:
     from . import triton_kernels
 
     return triton_kernels

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -20,7 +21,7 @@ _choice = os.environ.get("BALANCED_DET_OPS", "auto")
 
 
 @contextlib.contextmanager
-def implementation(name):
+def implementation(name: str) -> Iterator[None]:
     """Within this context use ``"reference"``, ``"triton"`` or ``"auto"`` (see the module)."""
     global _choice
     if name not in _CHOICES:
@@ -58,5 +59,5 @@ def uses_triton(tensor: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _triton_is_installed():
+def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -6,11 +6,12 @@ gradient come back in the same layout, so that the convolution's backward needs 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 
-def memory_order(shape, strides):
+def memory_order(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
     """Return the dimensions of logits (*lead, K), from the largest stride to the smallest.
 
     Dimensions of one element, whose stride means nothing, come first; a class dimension of one
@@ -18,7 +19,7 @@ def memory_order(shape, strides):
     """
     last = len(shape) - 1
 
-    def key(dim):
+    def key(dim: int) -> float:
         if shape[dim] > 1:
             return -strides[dim]
         return 1 if dim == last else -math.inf
@@ -26,7 +27,7 @@ def memory_order(shape, strides):
     return sorted(range(len(shape)), key=key)
 
 
-def is_dense(shape, strides):
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Say whether a tensor, walked in its memory order, covers one block without gaps."""
     expected = 1
     for dim in reversed(memory_order(shape, strides)):
@@ -37,7 +38,7 @@ def is_dense(shape, strides):
     return True
 
 
-def empty_gradient(logits):
+def empty_gradient(logits: torch.Tensor) -> torch.Tensor:
     """Return an uninitialised tensor like ``logits``, dense and in the same memory order."""
     shape, strides = logits.shape, logits.stride()
     if logits.is_contiguous() or is_dense(shape, strides):

@@ -12,6 +12,7 @@ Two implementations share one meaning: torchvision, group by group, and Triton k
 """
 
 import functools
+from types import ModuleType
 
 import torch
 import torchvision
@@ -86,11 +87,18 @@ def nms_mask(
     return _mask(boxes, _by_score(scores), groups, iou_threshold, valid, max_group_size)
 
 
-def _by_score(scores):
+def _by_score(scores: torch.Tensor) -> torch.Tensor:
     return scores.sort(descending=True, stable=True).indices
 
 
-def _mask(boxes, by_score, groups, iou_threshold, valid, max_group_size):
+def _mask(
+    boxes: torch.Tensor,
+    by_score: torch.Tensor,
+    groups: torch.Tensor,
+    iou_threshold: float,
+    valid: torch.Tensor | None,
+    max_group_size: int | None,
+) -> torch.Tensor:
     """Sort rows by group, then score, so that a group is one range; hand them to a backend."""
     if len(boxes) == 0:
         return torch.zeros(0, dtype=torch.bool, device=boxes.device)
@@ -114,7 +122,9 @@ def _mask(boxes, by_score, groups, iou_threshold, valid, max_group_size):
     return torch.empty_like(kept).scatter_(0, order, kept)
 
 
-def keep_sorted(boxes, groups, iou_threshold, valid):
+def keep_sorted(
+    boxes: torch.Tensor, groups: torch.Tensor, iou_threshold: float, valid: torch.Tensor | None
+) -> torch.Tensor:
     """Return the mask of the kept among boxes sorted by group, and by falling score in a group.
 
     Args:
@@ -137,13 +147,13 @@ def keep_sorted(boxes, groups, iou_threshold, valid):
         if size == 1:  # most of the (image, class) groups of a detector with many classes
             kept[start] = True
         else:
-            rows = slice(start, start + size)
-            kept[start + torchvision.ops.nms(boxes[rows], rank[rows], iou_threshold)] = True
+            group = slice(start, start + size)
+            kept[start + torchvision.ops.nms(boxes[group], rank[group], iou_threshold)] = True
         start += size
     return kept
 
 
-def _largest_group(groups):
+def _largest_group(groups: torch.Tensor) -> torch.Tensor:
     """Return the number of rows of the largest group; ``groups`` (R,) is sorted."""
     position = torch.arange(len(groups), device=groups.device)
     begins = torch.ones_like(groups, dtype=torch.bool)
@@ -152,7 +162,7 @@ def _largest_group(groups):
     return (position - start).max() + 1
 
 
-def _check(boxes, scores, groups):
+def _check(boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor) -> None:
     if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
         raise InputError(
             f"boxes must be floating point of shape (R, 4), not {boxes.dtype} of "
@@ -171,7 +181,7 @@ def _check(boxes, scores, groups):
 
 
 @functools.cache
-def _kernels():
+def _kernels() -> ModuleType:
     from . import nms_triton
 
     return nms_triton

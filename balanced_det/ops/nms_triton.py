@@ -170,7 +170,13 @@ def _sweep_kernel(
         going = going & (tl.load(groups_ptr + tl.minimum(block * BLOCK, end)) == tail)
 
 
-def keep_sorted(boxes, groups, iou_threshold, valid, max_group_size):
+def keep_sorted(
+    boxes: torch.Tensor,
+    groups: torch.Tensor,
+    iou_threshold: float,
+    valid: torch.Tensor | None,
+    max_group_size: int,
+) -> torch.Tensor:
     """Return the mask of the kept; arguments as in :func:`.nms.keep_sorted`, and one more.
 
     Args:
@@ -210,7 +216,7 @@ def keep_sorted(boxes, groups, iou_threshold, valid, max_group_size):
     return kept.view(torch.bool)
 
 
-def _float32_threshold(iou_threshold, device):
+def _float32_threshold(iou_threshold: float, device: torch.device) -> float:
     """Return the float32 t for which (x > t) is what torchvision asks of each float32 x."""
     nearest = torch.tensor(iou_threshold, dtype=torch.float32)
     if device.type == "cpu" and nearest.item() > iou_threshold:

@@ -16,8 +16,10 @@ The functions here share their signatures with :mod:`.triton_kernels`.
 """
 
 import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .layout import memory_order
@@ -29,20 +31,20 @@ _DEVICE_PIECE = 1 << 24
 
 
 def loss_and_gradient(
-    logits,
-    labels,
-    gradient,
-    sums,
+    logits: Tensor,
+    labels: Tensor,
+    gradient: Tensor | None,
+    sums: Tensor | None,
     *,
-    alpha,
-    gamma,
-    weight,
-    positive_weight,
-    negative_weight,
-    background_weight,
-    bin_weight,
-    scale,
-):
+    alpha: float | None,
+    gamma: float | Tensor,
+    weight: Tensor | None,
+    positive_weight: Tensor | None,
+    negative_weight: Tensor | None,
+    background_weight: Tensor | None,
+    bin_weight: Tensor | None,
+    scale: float | Tensor,
+) -> Tensor:
     """Return the 0-dim loss; write its gradient into ``gradient`` unless that is None.
 
     ``logits`` and ``gradient`` are (*lead, K), and may be one tensor; ``labels`` is (*lead).
@@ -52,13 +54,12 @@ def loss_and_gradient(
     num_classes = logits.shape[-1]
     dtype = _arithmetic_dtype(logits)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    tables = gamma, weight, positive_weight, negative_weight, background_weight
+    weights = weight, positive_weight, negative_weight, background_weight
     with_slope = gradient is not None or sums is not None
     for index, classes in _pieces(logits):
         x, label = _load(logits[index], labels[index[:-1]], dtype)
-        exponent, every, positive, negative, background = (
-            table[classes] if isinstance(table, torch.Tensor) else table for table in tables
-        )
+        exponent = gamma[classes] if isinstance(gamma, Tensor) else gamma
+        every, positive, negative, background = (w if w is None else w[classes] for w in weights)
 
         # Every element as y = 0.
         factors = [every, None if alpha is None else 1 - alpha]
@@ -78,7 +79,7 @@ def loss_and_gradient(
         is_positive = ((label >= classes.start) & (label < classes.stop)).unsqueeze(-1)
         position = (label.unsqueeze(-1) - classes.start).clamp_(0, x.shape[-1] - 1)  # (*lead, 1)
         factors = [alpha, *(w if w is None else w[position] for w in (every, positive))]
-        if isinstance(exponent, torch.Tensor):
+        if isinstance(exponent, Tensor):
             exponent = exponent[position]
         positive_loss, positive_slope = _weighted_bce(
             -x.gather(-1, position), factors, exponent, bin_weight, with_slope
@@ -86,9 +87,10 @@ def loss_and_gradient(
         old = loss.gather(-1, position)
         loss.scatter_(-1, position, torch.where(is_positive, positive_loss, old))
         total += loss.sum()
-        if with_slope:
-            old = slope.gather(-1, position)
-            slope.scatter_(-1, position, torch.where(is_positive, -positive_slope, old))
+        if slope is None or positive_slope is None:
+            continue
+        old = slope.gather(-1, position)
+        slope.scatter_(-1, position, torch.where(is_positive, -positive_slope, old))
         if sums is not None:
             rows = slope.reshape(-1, slope.shape[-1])
             # Within a piece in the arithmetic's precision, which numbers of one sign do not harm.
@@ -99,7 +101,7 @@ def loss_and_gradient(
     return (total * scale).to(dtype)
 
 
-def histogram(logits, labels, bins):
+def histogram(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
     """Return the (bins,) int64 counts of gradient lengths over rows labelled >= 0."""
     counts = torch.zeros(bins, dtype=torch.int64, device=logits.device)
     dtype = _arithmetic_dtype(logits)
@@ -109,14 +111,14 @@ def histogram(logits, labels, bins):
         is_positive = ((label >= classes.start) & (label < classes.stop)).unsqueeze(-1)
         value = x.gather(-1, position)
         x.scatter_(-1, position, torch.where(is_positive, -value, value))
-        index = bin_index(torch.sigmoid(x), bins)
-        valid = (label >= 0).unsqueeze(-1).expand_as(index)
+        bin_of = bin_index(torch.sigmoid(x), bins)
+        valid = (label >= 0).unsqueeze(-1).expand_as(bin_of)
         # Integer addition: the counts do not depend on the order, on any device.
-        counts.scatter_add_(0, index.flatten(), valid.to(torch.int64).flatten())
+        counts.scatter_add_(0, bin_of.flatten(), valid.to(torch.int64).flatten())
     return counts
 
 
-def scale_gradient_(gradient, factor):
+def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     """Multiply ``gradient`` in place by the 0-dim ``factor``, in float32 or wider."""
     if factor.device.type == "cpu" and factor == 1:
         return
@@ -126,11 +128,11 @@ def scale_gradient_(gradient, factor):
         piece.copy_(piece.to(dtype) * factor)
 
 
-def _arithmetic_dtype(logits):
+def _arithmetic_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _pieces(logits):
+def _pieces(logits: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
     """Yield the index of each piece of ``logits`` and the classes (a slice) that it holds."""
     left = _CPU_PIECE if logits.device.type == "cpu" else _DEVICE_PIECE
     order = memory_order(logits.shape, logits.stride())
@@ -140,13 +142,13 @@ def _pieces(logits):
         left //= step[dim]
     starts = (range(0, logits.shape[dim], step[dim]) for dim in order)
     for start in itertools.product(*starts):
-        index = [None] * logits.dim()
+        index = [slice(None)] * logits.dim()
         for dim, first in zip(order, start):
             index[dim] = slice(first, min(first + step[dim], logits.shape[dim]))
         yield tuple(index), index[-1]
 
 
-def _load(logits, labels, dtype):
+def _load(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the piece in arithmetic precision, and its labels as int64.
 
     Ignored rows become -inf: as y = 0 their loss, gradient and gradient length are exactly 0.
@@ -155,12 +157,18 @@ def _load(logits, labels, dtype):
     return logits.to(dtype).masked_fill(ignored, float("-inf")), labels.to(torch.int64)
 
 
-def bin_index(length, bins):
+def bin_index(length: Tensor, bins: int) -> Tensor:
     """Return the bin min(int(g B), B - 1) of each gradient length g in [0, 1], int64."""
     return (length * bins).to(torch.int64).clamp_(0, bins - 1)
 
 
-def _weighted_bce(x, factors, gamma, bin_weight, with_slope):
+def _weighted_bce(
+    x: Tensor,
+    factors: Iterable[float | Tensor | None],
+    gamma: float | Tensor,
+    bin_weight: Tensor | None,
+    with_slope: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Return the loss of y = 0 at ``x`` and its derivative, which is None unless asked for.
 
     ``gamma`` is a number or a tensor that broadcasts with ``x``, as are ``factors``, or None.
@@ -170,8 +178,8 @@ def _weighted_bce(x, factors, gamma, bin_weight, with_slope):
     loss = _softplus(x).clamp_(max=torch.finfo(x.dtype).max)
     slope = length if with_slope else None
     factors = list(factors)
-    if isinstance(gamma, torch.Tensor) or gamma != 0:
-        if with_slope:
+    if isinstance(gamma, Tensor) or gamma != 0:
+        if slope is not None:
             slope = (1 - length).mul_(loss).mul_(gamma).add_(length)
         factors.append(length.square() if _is_number(gamma, 2) else length.pow(gamma))
     if bin_weight is not None:
@@ -179,16 +187,16 @@ def _weighted_bce(x, factors, gamma, bin_weight, with_slope):
     for factor in factors:
         if factor is not None:
             loss.mul_(factor)
-            if with_slope:
+            if slope is not None:
                 slope.mul_(factor)
     return loss, slope
 
 
-def _is_number(value, number):
-    return not isinstance(value, torch.Tensor) and value == number
+def _is_number(value: float | Tensor, number: float) -> bool:
+    return not isinstance(value, Tensor) and value == number
 
 
-def _softplus(x):
+def _softplus(x: Tensor) -> Tensor:
     """Return log(1 + exp(x)), good to the rounding of the dtype also where it is nearly 0.
 
     torch's log1p takes longer on a CPU than all else here together. So in float32, with

@@ -11,9 +11,12 @@ torchvision's do; ``torch.use_deterministic_algorithms`` chooses torchvision's d
 
 import functools
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import torchvision
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
@@ -60,7 +63,7 @@ def roi_align(
     With the kernels, nothing waits for the device.
     """
     features = list(features)
-    bins = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    bins = (output_size, output_size) if isinstance(output_size, int) else output_size
     _check(features, boxes, image, level, scales, bins)
     arithmetic = torch.promote_types(features[0].dtype, torch.float32)
     arguments = (boxes.detach().to(arithmetic), image, level, scales, bins, sampling_ratio, aligned)
@@ -69,7 +72,16 @@ def roi_align(
     return align_levels(features, *arguments)
 
 
-def align_levels(features, boxes, image, level, scales, bins, sampling_ratio, aligned):
+def align_levels(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    scales: Sequence[float],
+    bins: tuple[int, int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
     """Return what :func:`roi_align` does, level by level, in plain form."""
     out = features[0].new_zeros(len(boxes), features[0].shape[1], *bins)
     regions = torch.cat([image.unsqueeze(1).to(boxes), boxes], dim=1)  # (T, 5)
@@ -86,7 +98,17 @@ class _RoIAlign(torch.autograd.Function):
     """The kernels' form; its backward needs no features, only their shapes."""
 
     @staticmethod
-    def forward(ctx, boxes, image, level, scales, bins, sampling_ratio, aligned, *features):
+    def forward(
+        ctx: Any,
+        boxes: Tensor,
+        image: Tensor,
+        level: Tensor,
+        scales: Sequence[float],
+        bins: tuple[int, int],
+        sampling_ratio: int,
+        aligned: bool,
+        *features: Tensor,
+    ) -> Tensor:
         boxes, image, level = boxes.contiguous(), image.contiguous(), level.contiguous()
         ctx.save_for_backward(boxes, image, level)
         ctx.options = (scales, sampling_ratio, aligned)
@@ -100,7 +122,7 @@ class _RoIAlign(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_out):
+    def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor | None, ...]:
         of_out = of_out.contiguous(memory_format=torch.channels_last)
         gradients = [
             of_out.new_zeros(n, h, w, c, dtype=torch.float32).permute(0, 3, 1, 2)
@@ -112,14 +134,21 @@ class _RoIAlign(torch.autograd.Function):
         return (None,) * 7 + tuple(gradients)
 
 
-def _memory_format(x):
+def _memory_format(x: Tensor) -> torch.memory_format:
     """Return the format that a convolution of ``x`` would return: contiguous where both fit."""
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
 
 
-def _check(features, boxes, image, level, scales, bins):
+def _check(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    scales: Sequence[float],
+    bins: tuple[int, ...],
+) -> None:
     if len(features) == 0 or len(features) != len(scales):
         raise InputError(f"{len(features)} levels of features and {len(scales)} scales were given.")
     first = features[0]
@@ -152,7 +181,7 @@ def _check(features, boxes, image, level, scales, bins):
 
 
 @functools.cache
-def _kernels():
+def _kernels() -> ModuleType:
     from . import roi_align_triton
 
     return roi_align_triton

@@ -21,8 +21,12 @@ for the same (FUSED).
 Letters: T boxes, P pixels, G samples, C channels; a bin is (i, j) of BINS_Y x BINS_X.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..errors import InputError
 from .triton_kernels import _current_device
@@ -116,14 +120,12 @@ def _touching(first, count, begin, end, BINS: tl.constexpr, LANES: tl.constexpr)
     return tl.min(tl.where(touches, lane, BINS), axis=0), tl.max(tl.where(touches, lane + 1, 0), 0)
 
 
-# fmt: off
 @triton.jit
 def _region(
     features, heights, widths, scales, boxes_ptr, image_ptr, level_ptr, channels, box,
     BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr,
     FUSED: tl.constexpr,
-):
-    # fmt: on
+):  # fmt: skip
     """Return the pointer to a box's feature map, the map's size, and the box along both axes."""
     level = tl.load(level_ptr + box)
     pointer, height, width, scale = _level(features, heights, widths, scales, level)
@@ -137,7 +139,6 @@ def _region(
     return pointer, height, width, y, bin_y, samples_y, x, bin_x, samples_x
 
 
-# fmt: off
 @triton.jit
 def _forward_kernel(
     features,  # A tuple of (N, H, W, C), one a level, and their sizes and scales.
@@ -148,8 +149,7 @@ def _forward_kernel(
     channels,
     BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr,
     FUSED: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, SAMPLES: tl.constexpr,
-):
-    # fmt: on
+):  # fmt: skip
     """One program makes a row of bins of one box."""
     box, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -178,7 +178,6 @@ def _forward_kernel(
         tl.store(out, total / count, mask=exists)
 
 
-# fmt: off
 @triton.jit
 def _backward_kernel(
     gradients,  # A tuple of (N, H, W, C) float32, one a level, to be added to.
@@ -190,8 +189,7 @@ def _backward_kernel(
     BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr,
     FUSED: tl.constexpr, LANES_Y: tl.constexpr, LANES_X: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr, SAMPLES: tl.constexpr,
-):
-    # fmt: on
+):  # fmt: skip
     """One program adds to every PARTS-th of the pixel rows that a box touches."""
     box, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -240,7 +238,16 @@ def _backward_kernel(
             tl.atomic_add(pointer + at, total, mask=mask, sem="relaxed")
 
 
-def forward(features, boxes, image, level, scales, bins, sampling_ratio, aligned):
+def forward(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    scales: Sequence[float],
+    bins: tuple[int, int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
     """Return the regions (T, C, *bins) in the type of the features, channels last.
 
     Args:
@@ -271,7 +278,16 @@ def forward(features, boxes, image, level, scales, bins, sampling_ratio, aligned
     return out.permute(0, 3, 1, 2)
 
 
-def backward(gradients, of_out, boxes, image, level, scales, sampling_ratio, aligned):
+def backward(
+    gradients: Sequence[Tensor],
+    of_out: Tensor,
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> None:
     """Add the gradients of :func:`forward`'s features to ``gradients``.
 
     Args:
@@ -279,9 +295,9 @@ def backward(gradients, of_out, boxes, image, level, scales, sampling_ratio, ali
         of_out: (T, C, rows, columns), channels last.
         boxes, image, level, scales, sampling_ratio, aligned: those of :func:`forward`.
     """
-    channels, *bins = of_out.shape[1:]
+    channels, rows, columns = of_out.shape[1:]
     if of_out.numel():
-        block, options = _options(gradients, bins, sampling_ratio, aligned)
+        block, options = _options(gradients, (rows, columns), sampling_ratio, aligned)
         with _current_device(of_out):
             _backward_kernel[(len(boxes), _PARTS, triton.cdiv(channels, block))](
                 *_maps(gradients, scales),
@@ -291,13 +307,13 @@ def backward(gradients, of_out, boxes, image, level, scales, sampling_ratio, ali
                 of_out,
                 channels,
                 **options,
-                LANES_Y=triton.next_power_of_2(bins[0]),
-                LANES_X=triton.next_power_of_2(bins[1]),
+                LANES_Y=triton.next_power_of_2(rows),
+                LANES_X=triton.next_power_of_2(columns),
                 COLUMNS=_COLUMNS,
             )
 
 
-def _maps(features, scales):
+def _maps(features: Sequence[Tensor], scales: Sequence[float]) -> tuple[tuple[Any, ...], ...]:
     """Return the kernels' arguments that tell of the levels."""
     # Sizes change with every batch. Of integers in a tuple it is compiled in whether they are 1 or
     # divide by 16, so the kernels would be compiled anew; of floating-point numbers nothing is.
@@ -305,7 +321,9 @@ def _maps(features, scales):
     return tuple(features), heights, widths, tuple(float(scale) for scale in scales)
 
 
-def _options(features, bins, sampling_ratio, aligned):
+def _options(
+    features: Sequence[Tensor], bins: tuple[int, int], sampling_ratio: int, aligned: bool
+) -> tuple[int, dict[str, Any]]:
     """Return the channels of a program, and the constants of both kernels."""
     block = min(triton.next_power_of_2(features[0].shape[1]), _MAX_CHANNELS)
     return block, dict(

@@ -18,10 +18,13 @@ import contextlib
 import functools
 import math
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
@@ -89,13 +92,12 @@ def _inverse(x):
         return 1.0 / x
 
 
-# fmt: off
 @triton.jit
 def _load(start, numel, logits_ptr, labels_ptr,
           K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
-          LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+          LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
     """Where BLOCK elements of (outer, K, inner) from start on lie; their logit, label and class."""
-    # fmt: on
     # Rows and classes are counted from those of the start, which only a large tensor needs.
     element = start + tl.arange(0, BLOCK)
     first_row = 0
@@ -192,7 +194,6 @@ def _bce(log1p, z):
     return tl.where(bce > _LARGEST, _LARGEST, bce)  # which leaves nan as it is
 
 
-# fmt: off
 @triton.jit(do_not_specialize=[*_LAYOUT, "scale", "bins"])
 def _loss_kernel(
     logits_ptr, labels_ptr,
@@ -205,8 +206,7 @@ def _loss_kernel(
     K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
     LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr, OVERWRITE: tl.constexpr,
     ALPHA: tl.constexpr, GAMMA: tl.constexpr, BLOCK: tl.constexpr,
-):
-    # fmt: on
+):  # fmt: skip
     element, at, x, label, k = _load(
         _start(WIDE, BLOCK), numel, logits_ptr, labels_ptr,
         K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
@@ -254,7 +254,6 @@ def _loss_kernel(
         tl.store(gradient_ptr + at, slope, mask=element < numel)
 
 
-# fmt: off
 @triton.jit(do_not_specialize=[*_LAYOUT, "scale", "bins"])
 def _sums_kernel(
     logits_ptr, labels_ptr,
@@ -268,7 +267,7 @@ def _sums_kernel(
     K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
     LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr, OVERWRITE: tl.constexpr,
     ALPHA: tl.constexpr, GAMMA: tl.constexpr, BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """_loss_kernel in a loop whose every lane stays with one class.
 
     1. Row-major logits: a step of the loop takes all programs BLOCK times their number of elements
@@ -277,7 +276,6 @@ def _sums_kernel(
        (p BLOCK + l) % K.
     2. Otherwise each program has one class k, and its lanes walk that class's rows.
     """
-    # fmt: on
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     lane = tl.arange(0, BLOCK)
@@ -390,7 +388,6 @@ def _sums_kernel(
         tl.store(sums_ptr + programs + program, tl.sum(negative_sum, axis=0))
 
 
-# fmt: off
 @triton.jit(do_not_specialize=[*_LAYOUT, "bins"])
 def _histogram_kernel(
     logits_ptr, labels_ptr,
@@ -399,8 +396,7 @@ def _histogram_kernel(
     K, k_mul, k_shift, inner, i_mul, i_shift, k_stride, n1, n2, n3, s0, s1, s2, s3,
     LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-):
-    # fmt: on
+):  # fmt: skip
     slots = tl.arange(0, SLOTS)
     counts = tl.zeros((SLOTS,), tl.int32)
     start = _start(WIDE, BLOCK)
@@ -430,20 +426,20 @@ def _scale_kernel(gradient_ptr, factor_ptr, numel, WIDE: tl.constexpr, BLOCK: tl
 
 
 def loss_and_gradient(
-    logits,
-    labels,
-    gradient,
-    sums,
+    logits: Tensor,
+    labels: Tensor,
+    gradient: Tensor | None,
+    sums: Tensor | None,
     *,
-    alpha,
-    gamma,
-    weight,
-    positive_weight,
-    negative_weight,
-    background_weight,
-    bin_weight,
-    scale,
-):
+    alpha: float | None,
+    gamma: float | Tensor,
+    weight: Tensor | None,
+    positive_weight: Tensor | None,
+    negative_weight: Tensor | None,
+    background_weight: Tensor | None,
+    bin_weight: Tensor | None,
+    scale: float | Tensor,
+) -> Tensor:
     """Return the 0-dim loss; write its gradient into ``gradient`` unless that is None.
 
     ``logits`` and ``gradient`` are (*lead, K), and may be one tensor; ``labels`` is (*lead).
@@ -486,7 +482,14 @@ def loss_and_gradient(
     return partial.sum()
 
 
-def _loss_and_sums(logits, labels, gradient, sums, arguments, options):
+def _loss_and_sums(
+    logits: Tensor,
+    labels: Tensor,
+    gradient: Tensor | None,
+    sums: Tensor,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+) -> Tensor:
     numel, num_classes = logits.numel(), logits.shape[-1]
     wanted = 2 * _capacity(logits.device, _WARPS)  # Two rounds, so that no program waits long.
     if options["ROW_MAJOR"]:
@@ -513,7 +516,7 @@ def _loss_and_sums(logits, labels, gradient, sums, arguments, options):
     return partial.sum()
 
 
-def histogram(logits, labels, bins):
+def histogram(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
     """Return the (bins,) int64 counts of gradient lengths over rows labelled >= 0."""
     numel = logits.numel()
     counts = torch.zeros(bins, dtype=torch.int64, device=logits.device)
@@ -536,7 +539,7 @@ def histogram(logits, labels, bins):
     return counts
 
 
-def scale_gradient_(gradient, factor):
+def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     """Multiply ``gradient`` in place by the 0-dim ``factor``.
 
     A large gradient is not touched when the factor is 1, which the device finds out for itself.
@@ -561,7 +564,7 @@ def scale_gradient_(gradient, factor):
         )
 
 
-def _prepare(logits, labels):
+def _prepare(logits: Tensor, labels: Tensor) -> tuple[Tensor, tuple[int, ...], dict[str, Any]]:
     """Return the labels in the logits' memory order, and the kernels' layout arguments."""
     lead, layout, options = _layout(logits.shape, logits.stride())
     labels = labels.permute(lead)
@@ -571,7 +574,9 @@ def _prepare(logits, labels):
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(shape, strides):
+def _layout(
+    shape: Sequence[int], strides: Sequence[int]
+) -> tuple[list[int], tuple[int, ...], dict[str, Any]]:
     """Return the leading dimensions in memory order, and the kernels' arguments of _LAYOUT."""
     order = memory_order(shape, strides)
     class_dim = len(shape) - 1
@@ -581,7 +586,8 @@ def _layout(shape, strides):
     if max(num_classes, inner) > _MAX_EXTENT:
         raise InputError(f"Logits of shape {tuple(shape)} are beyond the Triton implementation.")
 
-    gaps = []  # (size, stride) of each leading dimension, those merged that can be.
+    # (size, stride) of each leading dimension, those merged that can be.
+    gaps: list[tuple[int, int]] = []
     if not is_dense(shape, strides):
         for dim in lead:
             size, stride = shape[dim], strides[dim]
@@ -604,11 +610,11 @@ def _layout(shape, strides):
     return lead, layout, options
 
 
-def _is_wide(numel):
+def _is_wide(numel: int) -> bool:
     return numel > _NARROW
 
 
-def _reciprocal(divisor):
+def _reciprocal(divisor: int) -> tuple[int, int]:
     """Return (multiplier, shift) with n // divisor == (n * multiplier // 2**32 + n) >> shift.
 
     For 0 <= n < 2**31; the multiplier is a 32-bit pattern, given as a signed number. (Granlund and
@@ -619,21 +625,21 @@ def _reciprocal(divisor):
     return multiplier - (1 << 32) if multiplier >= 1 << 31 else multiplier, shift
 
 
-def _looping_programs(tensor, warps):
+def _looping_programs(tensor: Tensor, warps: int) -> int:
     """Return the number of programs that fills the device, or fewer for a small tensor."""
     blocks = triton.cdiv(tensor.numel(), _BLOCK)
     return min(blocks, _capacity(tensor.device, warps))
 
 
 @functools.cache
-def _capacity(device, warps):
+def _capacity(device: torch.device, warps: int) -> int:
     if device.type != "cuda":
         return 4  # The interpreter runs programs one by one; a few exercise the loops.
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return multiprocessors * (_THREADS_PER_MULTIPROCESSOR // (32 * warps))
 
 
-def _current_device(tensor):
+def _current_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Return the context in which Triton launches on the tensor's device."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()

@@ -39,9 +39,9 @@ class Page:
 
     def __init__(self, title: str, subtitle: str = ""):
         self.title = title
-        self._body = []
-        self._figures = []
-        self._sections = []
+        self._body: list[str] = []
+        self._figures: list[dict] = []
+        self._sections: list[tuple[str, str]] = []  # anchor and title
         self._subtitle = subtitle
 
     def section(self, title: str) -> None:

@@ -49,7 +49,9 @@ def draw_objects(
     picture = Image.fromarray(image)
     scale = max(1, math.ceil(least_side / max(picture.size)))
     if scale > 1:
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.LANCZOS)
+        picture = picture.resize(
+            (picture.width * scale, picture.height * scale), Image.Resampling.LANCZOS
+        )
     draw = ImageDraw.Draw(picture)
     size = max(11, round(min(picture.size) / 36))
     font, width = _font(size), max(2, size // 7)

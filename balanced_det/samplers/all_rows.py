@@ -1,6 +1,8 @@
 """Every row that is not ignored, as the sampling-free mechanism has it (arXiv 1909.04868)."""
 
-from ..selection import SAMPLERS, Sampler
+import torch
+
+from ..selection import SAMPLERS, Quota, Rows, Sampler
 
 
 @SAMPLERS.register
@@ -9,6 +11,8 @@ class AllSampler(Sampler):
 
     takes_all = True
 
-    def __call__(self, rows, quota, generator=None):
+    def __call__(
+        self, rows: Rows, quota: Quota, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """Return the (N, R) mask of the rows taken; see :class:`Sampler`."""
         return rows.takes_part

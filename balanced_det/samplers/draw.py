@@ -26,7 +26,7 @@ def take(
     return torch.zeros_like(kind).scatter_(-1, best, place < number)
 
 
-def take_of_one(kind, priority, number):
+def take_of_one(kind: torch.Tensor, priority: torch.Tensor, number: int) -> torch.Tensor:
     """Say what :func:`take` takes of one image: (R,) bool, (R,) float and a number in, (R,) out."""
     rows = kind.nonzero().squeeze(1)
     best = rows[priority[rows].argsort(descending=True)][:number]

@@ -8,9 +8,11 @@ A region head trains its classifier and box regression on the rows taken. Its ma
 all foreground proposals, since their losses say nothing of masks.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from ..selection import SAMPLERS, Sampler
+from ..selection import SAMPLERS, Quota, Rows, Sampler
 from .draw import take
 
 
@@ -20,16 +22,20 @@ class OHEMSampler(Sampler):
 
     needs_losses = True
 
-    def __call__(self, rows, quota, generator=None):
+    def __call__(
+        self, rows: Rows, quota: Quota, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """Return the (N, R) mask of the rows taken; see :class:`Sampler`."""
         kinds = torch.stack([rows.foreground, rows.background], dim=1)  # (N, 2, R)
         numbers = torch.stack(quota.numbers(rows), dim=1)  # (N, 2)
         # Infinite losses become finite: inf is NaN's alone, and -inf marks rows of other kinds.
-        losses = rows.losses.float().nan_to_num(nan=torch.inf).unsqueeze(1)
+        losses = rows.known("losses").float().nan_to_num(nan=torch.inf).unsqueeze(1)
         return take(kinds, losses, numbers, quota.rows_per_image).any(dim=1)
 
 
-def hard_examples(foreground, background, losses, quota):
+def hard_examples(
+    foreground: list[int], background: list[int], losses: Sequence[float], quota: Quota
+) -> tuple[list[int], list[int]]:
     """Say what :class:`OHEMSampler` takes of one image.
 
     Args:
@@ -41,7 +47,7 @@ def hard_examples(foreground, background, losses, quota):
         Two lists of indices, of the foreground and of the background, hardest first.
     """
 
-    def hardest(rows):
+    def hardest(rows: list[int]) -> list[int]:
         return sorted(rows, key=lambda row: losses[row], reverse=True)
 
     num_foreground = min(len(foreground), int(quota.rows_per_image * quota.positive_fraction))

@@ -18,10 +18,12 @@ random; the row of the largest IoU is in no range; and what objects are short of
 random.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import InputError
-from ..selection import SAMPLERS, Sampler
+from ..selection import SAMPLERS, Quota, Rows, Sampler
 from .draw import take, uniform
 from .random import choice
 
@@ -40,7 +42,11 @@ class IoUBalancedSampler(Sampler):
     needs_ious = True
 
     def __init__(
-        self, num_bins=3, floor_threshold=-1.0, floor_fraction=0.0, instance_balanced=False
+        self,
+        num_bins: int = 3,
+        floor_threshold: float = -1.0,
+        floor_fraction: float = 0.0,
+        instance_balanced: bool = False,
     ):
         if num_bins < 1:
             raise InputError(f"IoUBalancedSampler: num_bins is {num_bins}; it must be at least 1.")
@@ -58,7 +64,9 @@ class IoUBalancedSampler(Sampler):
         self.floor_fraction = floor_fraction
         self.instance_balanced = instance_balanced
 
-    def __call__(self, rows, quota, generator=None):
+    def __call__(
+        self, rows: Rows, quota: Quota, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """Return the (N, R) mask of the rows taken; see :class:`Sampler`."""
         num_foreground, num_background = quota.numbers(rows)  # (N,)
         chance = uniform(rows.labels, generator)  # (N, R)
@@ -67,7 +75,14 @@ class IoUBalancedSampler(Sampler):
         positive = take(rows.foreground, priority, num_foreground, most)
         return positive | self._background(rows, num_background, most, chance, generator)
 
-    def _background(self, rows, number, most, chance, generator):
+    def _background(
+        self,
+        rows: Rows,
+        number: torch.Tensor,
+        most: int,
+        chance: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
         """Return the (N, R) mask of the ``number`` (N,) background rows to take."""
         ranges, below = self._ranges(rows)  # (N, B, R), (N, R)
         num_above, num_below = ranges.sum(dim=(1, 2)), below.sum(dim=1)  # (N,)
@@ -85,9 +100,9 @@ class IoUBalancedSampler(Sampler):
             taken |= take(below, chance, number - from_ranges, most)
         return taken
 
-    def _ranges(self, rows):
+    def _ranges(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the background rows of each range, (N, B, R) bool, and those below, (N, R)."""
-        ious = rows.ious.float()
+        ious = rows.known("ious").float()
         background = rows.background
         floor = max(self.floor_threshold, 0.0)
         above = background & ((ious > 0) if self.floor_threshold == 0 else (ious >= floor))
@@ -98,10 +113,12 @@ class IoUBalancedSampler(Sampler):
         index = torch.arange(self.num_bins, device=ious.device).view(1, -1, 1)
         return above.unsqueeze(1) & (place.unsqueeze(1) == index), background & ~above
 
-    def _turns(self, rows, chance, generator):
+    def _turns(
+        self, rows: Rows, chance: torch.Tensor, generator: torch.Generator | None
+    ) -> torch.Tensor:
         """Return the priority (N, R) by which foreground rows are taken in turn from objects."""
         # Sorted by object, and at random within it; half the chance never reaches the next object.
-        keys = torch.where(rows.foreground, rows.matched + chance / 2, torch.inf)
+        keys = torch.where(rows.foreground, rows.known("matched") + chance / 2, torch.inf)
         keys, order = keys.sort(dim=1)
         place = torch.arange(keys.shape[1], device=keys.device)
         turn = place - torch.searchsorted(keys, keys.floor())  # the how-manieth of its object
@@ -110,7 +127,15 @@ class IoUBalancedSampler(Sampler):
         return torch.empty_like(priority).scatter_(1, order, priority)
 
 
-def iou_balanced_sample(foreground, background, ious, matched, quota, sampler, generator=None):
+def iou_balanced_sample(
+    foreground: list[int],
+    background: list[int],
+    ious: Sequence[float],
+    matched: Sequence[int],
+    quota: Quota,
+    sampler: IoUBalancedSampler,
+    generator: torch.Generator | None = None,
+) -> tuple[list[int], list[int]]:
     """Say what :class:`IoUBalancedSampler` draws of one image.
 
     Args:
@@ -144,13 +169,15 @@ def iou_balanced_sample(foreground, background, ious, matched, quota, sampler, g
     return _in_turn(foreground, matched, num_foreground, generator), chosen
 
 
-def _range(above_floor, width, num_bins):
+def _range(above_floor: float, width: float, num_bins: int) -> int:
     return min(int(above_floor / width), num_bins - 1) if width > 0 else 0
 
 
-def _in_turn(rows, matched, number, generator):
+def _in_turn(
+    rows: list[int], matched: Sequence[int], number: int, generator: torch.Generator | None
+) -> list[int]:
     """Return ``number`` of ``rows``, taken in turn from the objects that they are matched to."""
-    chosen = []
+    chosen: list[int] = []
     while len(chosen) < min(number, len(rows)):
         left = choice([row for row in rows if row not in chosen], len(rows), generator)
         one_each = {matched[row]: row for row in left}  # a random row of each object

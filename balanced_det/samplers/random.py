@@ -6,7 +6,7 @@ and what is missing to ``rows_per_image`` of the background as far as there is a
 
 import torch
 
-from ..selection import SAMPLERS, Sampler
+from ..selection import SAMPLERS, Quota, Rows, Sampler
 from .draw import take, uniform
 
 
@@ -14,7 +14,9 @@ from .draw import take, uniform
 class RandomSampler(Sampler):
     """Take rows at random; see the module's docstring."""
 
-    def __call__(self, rows, quota, generator=None):
+    def __call__(
+        self, rows: Rows, quota: Quota, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
         """Return the (N, R) mask of the rows taken; see :class:`Sampler`."""
         kinds = torch.stack([rows.foreground, rows.background], dim=1)  # (N, 2, R)
         numbers = torch.stack(quota.numbers(rows), dim=1)  # (N, 2)
@@ -22,7 +24,12 @@ class RandomSampler(Sampler):
         return take(kinds, chance, numbers, quota.rows_per_image).any(dim=1)
 
 
-def random_sample(foreground, background, quota, generator=None):
+def random_sample(
+    foreground: list[int],
+    background: list[int],
+    quota: Quota,
+    generator: torch.Generator | None = None,
+) -> tuple[list[int], list[int]]:
     """Say what :class:`RandomSampler` draws of one image.
 
     Args:
@@ -40,6 +47,6 @@ def random_sample(foreground, background, quota, generator=None):
     )
 
 
-def choice(rows, number, generator=None):
+def choice(rows: list[int], number: int, generator: torch.Generator | None = None) -> list[int]:
     """Return ``number`` of a list of ``rows`` at random, without repeating any."""
     return [rows[i] for i in torch.randperm(len(rows), generator=generator)[:number].tolist()]

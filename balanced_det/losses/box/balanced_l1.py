@@ -10,8 +10,8 @@ which raises the gradient of accurate samples over smooth L1's. Its integral is
 
 beta is to be the point where the curve becomes linear. The published code divides by it inside the
 logarithm only, (alpha / b) (b |x| + 1) ln(b |x| / beta + 1) - alpha |x|. For beta != 1 that has
-another gradient: alpha (1 / beta - 1) at zero error, 4.05 at beta = 0.11, and a jump at beta. We
-scale the argument and the value,
+another gradient: alpha (1 / beta - 1) at zero error, 4.05 at beta = 0.11, and a jump at beta. That
+is ``as_published``. By default we scale the argument and the value,
 
     L_beta(x) = beta L_1(x / beta),    so    dL_beta/d|x| = L_1'(|x| / beta),
 
@@ -38,6 +38,7 @@ def balanced_l1_loss(
     gamma: float = 1.5,
     beta: float = 1.0,
     reduction: str = "sum",
+    as_published: bool = False,
 ) -> Tensor:
     """Return the balanced L1 loss; derived, for every beta, in the module's docstring.
 
@@ -48,6 +49,7 @@ def balanced_l1_loss(
         gamma: bound of the gradient, > 0.
         beta: error where the curve becomes linear, > 0, in units of ``pred``.
         reduction: "sum", "mean" (0 for no element) or "none".
+        as_published: divide by beta inside the logarithm only.
 
     Returns:
         A 0-dim tensor, or with "none" one shaped like ``pred``.
@@ -62,8 +64,13 @@ def balanced_l1_loss(
     error = (pred - target).abs()
     scaled = error / beta
     c = scaled.clamp(max=1)  # keeps the part that is not selected finite
-    curve = alpha / b * (b * c + 1) * torch.log1p(b * c) - alpha * c
-    loss = torch.where(scaled < 1, beta * curve, gamma * error + beta * (gamma / b - alpha))
+    if as_published:
+        near = alpha / b * (b * beta * c + 1) * torch.log1p(b * c) - alpha * beta * c
+        far = gamma * error + gamma / b - alpha * beta
+    else:
+        near = beta * (alpha / b * (b * c + 1) * torch.log1p(b * c) - alpha * c)
+        far = gamma * error + beta * (gamma / b - alpha)
+    loss = torch.where(scaled < 1, near, far)
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -73,7 +80,7 @@ def balanced_l1_loss(
     raise InputError(f"Unknown reduction '{reduction}'; known are: mean, none, sum.")
 
 
-def _check_balanced_l1(alpha, gamma, beta):
+def _check_balanced_l1(alpha: float, gamma: float, beta: float) -> None:
     if not (alpha > 0 and gamma > 0 and beta > 0):
         raise InputError(
             f"Balanced L1 needs alpha, gamma and beta above 0, not {alpha}, {gamma} and {beta}."
@@ -91,15 +98,25 @@ class BalancedL1Loss(BoxLoss):
         alpha: slope of the gradient for small errors.
         gamma: bound of the gradient.
         beta: error where the curve becomes linear.
+        as_published: divide by beta inside the logarithm only, as the published code does.
     """
 
-    def __init__(self, alpha: float = 0.5, gamma: float = 1.5, beta: float = 1.0):
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        gamma: float = 1.5,
+        beta: float = 1.0,
+        as_published: bool = False,
+    ):
         super().__init__()
         _check_balanced_l1(alpha, gamma, beta)
         self.alpha = alpha
         self.gamma = gamma
         self.beta = beta
+        self.as_published = as_published
 
     def loss_sum(self, pred: Tensor, target: Tensor) -> Tensor:
         """Return the sum over all numbers."""
-        return balanced_l1_loss(pred, target, self.alpha, self.gamma, self.beta)
+        return balanced_l1_loss(
+            pred, target, self.alpha, self.gamma, self.beta, as_published=self.as_published
+        )
