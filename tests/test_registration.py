@@ -14,6 +14,7 @@ from balanced_det.data import registration, shapes
 from balanced_det.data.registration import (
     check_masks,
     check_num_classes,
+    check_same_classes,
     load_detections,
     num_classes,
     register_datasets,
@@ -415,6 +416,27 @@ def test_training_sets_with_different_classes_are_refused(tmp_path):
     register_datasets(cfg)
     with pytest.raises(InputError, match="differ in their classes"):
         training_statistics(cfg)
+
+
+def test_classes_of_several_sets_are_compared_each_with_the_first(tmp_path):
+    names = [name() for _ in range(4)]
+    changes = [None, None, lambda c: c["categories"].pop(), lambda c: c["categories"].reverse()]
+    entries = []
+    for each, change in zip(names, changes):
+        (tmp_path / each).mkdir()
+        content = changed(change) if change else changed(lambda c: None)
+        content["annotations"] = []
+        entries.append((each, str(write(tmp_path / each, content)), ""))
+    register_datasets(config(*entries))
+    check_same_classes([])
+    check_same_classes(names[:1])
+    check_same_classes(names[:2])
+    # Listed backwards, the ids still tell the order.
+    check_same_classes([names[0], names[3]])
+    with pytest.raises(
+        InputError, match="class 2, .* is '.*' in the first and absent in the second"
+    ):
+        check_same_classes(names)
 
 
 def test_a_test_set_whose_classes_stand_under_other_ids_is_refused(tmp_path):

@@ -131,17 +131,24 @@ def test_checkpoint_of_the_same_classes_in_another_order_is_refused(
     check_run(cfg, eval_only=eval_only)
 
 
-def test_detectron2s_own_retinanet_must_have_the_classes_of_the_data(data, tmp_path):
+def retinanet_config(data, out, **overrides):
     sets = str(data.train_json), str(data.val_json)
-    cfg = load_config(
+    return load_config(
         "configs/shapes/retinanet.yaml",
         BALANCE__DATASETS=[[p, p, str(data.image_root)] for p in sets],
         DATASETS__TRAIN=sets[:1],
         DATASETS__TEST=sets[1:],
-        MODEL__META_ARCHITECTURE="RetinaNet",
-        MODEL__RETINANET__NUM_CLASSES=CLASSES - 1,
-        OUTPUT_DIR=str(tmp_path / "out"),
+        OUTPUT_DIR=str(out),
+        **overrides,
     )
+
+
+def test_detectron2s_own_retinanet_must_have_the_classes_of_the_data(data, tmp_path):
+    keys = {
+        "MODEL__META_ARCHITECTURE": "RetinaNet",
+        "MODEL__RETINANET__NUM_CLASSES": CLASSES - 1,
+    }
+    cfg = retinanet_config(data, tmp_path / "out", **keys)
     with pytest.raises(InputError, match=f"MODEL.RETINANET.NUM_CLASSES is {CLASSES - 1}"):
         check_run(cfg)
 
@@ -569,8 +576,7 @@ def test_augmentation_at_test_time_is_served_as_detectron2_does(data, trained, t
 
 
 def test_augmentation_at_test_time_is_refused_where_detectron2_has_none(data, tmp_path):
-    cfg = config(data, tmp_path / "out", MODEL__META_ARCHITECTURE="BalancedRetinaNet")
-    cfg.TEST.AUG.ENABLED = True
+    cfg = retinanet_config(data, tmp_path / "out", TEST__AUG__ENABLED=True)
     with pytest.raises(InputError, match="TEST.AUG.ENABLED"):
         check_run(cfg)
 
