@@ -14,6 +14,7 @@ import pytest
 import torch
 from browser import open_page
 from federated import CLASSES, copied, federated
+from models import NARROW_RESNET
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -287,6 +288,7 @@ def test_runs_of_different_commits_are_told_so(two, tmp_path):
     assert "different commits" not in str(compare.make_page(comparison(good, good, draws=10)))
 
 
+@pytest.mark.browser
 def test_names_are_data_and_never_markup(tmp_path):
     truth, detections = federated(0)
     for category, name in zip(truth["categories"], HARD_NAMES, strict=True):
@@ -515,6 +517,11 @@ def tiny(tmp_path_factory):
         "INPUT": {"MIN_SIZE_TRAIN": [64], "MIN_SIZE_TEST": 64},
         "MODEL": {
             "DEVICE": "cpu",
+            "RESNETS": {
+                key.removeprefix("MODEL.RESNETS."): value
+                for key, value in NARROW_RESNET.items()
+                if key.startswith("MODEL.RESNETS.")
+            },
             "FPN": {"OUT_CHANNELS": 16},
             # A network that has hardly learnt anything still finds something to compare.
             "ROI_HEADS": {"NUM_CLASSES": "auto", "SCORE_THRESH_TEST": 0.0},

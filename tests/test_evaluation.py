@@ -175,7 +175,7 @@ def lvis_package(monkeypatch):
     return lvis
 
 
-@pytest.mark.skipif(not LVIS_FILE.is_file(), reason="the sample of real LVIS annotations is absent")
+@pytest.mark.data(LVIS_FILE.name)
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_real_annotations_give_the_numbers_of_the_lvis_package(iou_type, lvis_package):
     annotations = json.loads(LVIS_FILE.read_text())

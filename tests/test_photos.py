@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import detection_utils
+from detectron2.utils.events import EventStorage
+from distributed import run_workers
 from PIL import Image
 
 from balanced_det.data.images import is_turned, upright_size
 from balanced_det.data.loader import TrainLoader, build_test_loader
+from balanced_det.distributed import num_workers
 from balanced_det.engine import load_config
+from balanced_det.engine.step import TrainStep
 from balanced_det.errors import InputError
 
 WIDTH, HEIGHT = 60, 40
@@ -184,3 +188,43 @@ def test_broken_image_is_replaced_by_key_and_told(tmp_path):
     assert len(replaced) == 2
     for sample in replaced:
         assert all("a.png" in reason for reason in sample["skipped_images"])
+
+
+class Mean(torch.nn.Module):
+    """A model of one weight, on batches that tell their broken images as the loader does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        return {"loss": self.weight * len(batch)}
+
+
+def broken_images_of(rank, reasons_of):
+    """Train three steps; return how many images were counted after each, and the error."""
+    model = Mean()
+    batches = [[{"skipped_images": reasons}] for reasons in reasons_of[rank]]
+    if num_workers() > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = TrainStep(model, batches, optimizer, max_skipped_images=2)
+    counts = []
+    with EventStorage():
+        for step.iter in range(len(batches)):
+            try:
+                step.run_step()
+            except InputError as error:
+                return counts, str(error)
+            counts.append(step.skipped_images)
+    return counts, None
+
+
+def test_limit_of_broken_images_is_that_of_all_workers_together():
+    reasons = [[["a.png"], [], ["b.png"], []], [[], ["c.png"], [], []]]
+    results = run_workers(broken_images_of, reasons)
+    for counts, error in results:
+        assert counts == [1, 2]
+        assert error.startswith("Iteration 2: b.png; BALANCE.SKIP_BROKEN_IMAGES allows 2 of it")
+    alone = broken_images_of(0, [[["a.png"], ["b.png"], [], []]])
+    assert alone == ([1, 2, 2, 2], None)

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from detectron2.modeling.sampling import subsample_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -17,7 +16,6 @@ from balanced_det.selection import Quota, Rows
 
 BG = 5  # five classes; the label 5 is background
 fast = settings(deadline=None, max_examples=40)
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def seeded(seed, device="cpu"):
@@ -117,6 +115,8 @@ SETTINGS = {
         {"floor_threshold": 0.3},
         {"floor_threshold": 0.9, "floor_fraction": 1.0},
         {"floor_fraction": 0.4},
+        {"as_published": True, "instance_balanced": True},
+        {"as_published": True, "floor_threshold": 0.0},
     ],
 }
 CONFIGURED = [
@@ -131,8 +131,11 @@ COUNTED = [parameters for parameters in CONFIGURED if parameters.values[0] != "A
 @fast
 @given(image=images())
 def test_counts_are_those_of_random_sampling(name, parameters, image):
+    sampling = pytest.importorskip("detectron2.modeling.sampling")
     ours = call(SAMPLERS.get(name)(**parameters), image)
-    theirs = subsample_labels(image["labels"], image["num_samples"], image["positive_fraction"], BG)
+    theirs = sampling.subsample_labels(
+        image["labels"], image["num_samples"], image["positive_fraction"], BG
+    )
     assert [len(rows) for rows in ours] == [len(rows) for rows in theirs]
 
 
@@ -552,7 +555,7 @@ def test_a_quota_that_cannot_be_is_refused(settings_, message):
         Quota(*settings_)
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize(("name", "parameters"), COUNTED)
 def test_cuda_and_cpu_agree_in_counts_and_in_distribution(name, parameters):
     generator = seeded(0)
@@ -574,7 +577,7 @@ def test_cuda_and_cpu_agree_in_counts_and_in_distribution(name, parameters):
     assert means["cpu"].item() == pytest.approx(means["cuda"].item(), abs=0.02)
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize(("name", "parameters"), CONFIGURED)
 def test_the_host_never_waits_for_the_device(name, parameters, recwarn):
     labels, ious = (x.cuda().expand(4, -1) for x in background([400, 400, 400], 3))

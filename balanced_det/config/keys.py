@@ -173,7 +173,8 @@ def _trust_keys():
         "OVERWRITE": False,
         # How many steps of a run may be skipped because a loss or gradient is not finite.
         "SKIP_BAD_STEPS": 0,
-        # How many broken training images may be replaced by others; a worker counts its own.
+        # How many broken training images of a run may be replaced by others, on all workers
+        # together; an image that comes again counts again.
         "SKIP_BROKEN_IMAGES": 0,
         # What SOLVER.AMP computes in: "float16", which scales gradients, or "bfloat16".
         "AMP_DTYPE": "float16",

@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from ..data.annotations import Annotations, integer, read_annotations, shortened
 from ..errors import InputError
+from ..logs import escape_log_records
 from .detections import first_row, read_detection_files
 from .lvis import IOU_TYPES, MAX_DETS, METRICS, Matcher, fixed_result
 from .per_class import (
@@ -109,6 +110,7 @@ def _limit(text: str) -> int | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; see ``--help``."""
+    escape_log_records()
     parser = argparse.ArgumentParser(
         prog="python -m balanced_det.evaluation",
         description="Evaluate a detection file by LVIS's protocol, without the model.",
