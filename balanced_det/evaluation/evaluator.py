@@ -268,15 +268,15 @@ class BalancedLVISEvaluator(DatasetEvaluator):
 
     # --- Of the main process ----------------------------------------------------------------------
 
-    def _join(self, parts: list[str]) -> bool:
+    def _join(self, paths: list[str]) -> bool:
         """Join the workers' files, and remove what interrupted runs left; whether it could."""
-        missing = [part for part in parts if not os.path.isfile(part)]
+        missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             logger.warning(
                 f"'{missing[0]}' is not on this machine: the detections stay in the workers' files."
             )
             return False
-        join_detection_files(parts, os.path.join(self._output_dir, DETECTIONS))
+        join_detection_files(paths, os.path.join(self._output_dir, DETECTIONS))
         for left in glob.glob(self._partial("*")):
             os.remove(left)
         return True
@@ -292,9 +292,9 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         self, results: Mapping[str, LVISResult], gathered: list[dict[str, Any]], has_file: bool
     ) -> dict[str, dict[str, float]]:
         """Fixed AP of each task, in percent, with the names under which it is reported."""
-        counts = sum(part["per_class"] for part in gathered)
+        per_class = sum(part["per_class"] for part in gathered)
         most = max(part["most_in_an_image"] for part in gathered)
-        if counts.max(initial=0) <= FIXED_MAX_DETS and most <= (self._max_dets or math.inf):
+        if per_class.max(initial=0) <= FIXED_MAX_DETS and most <= (self._max_dets or math.inf):
             fixed = results  # no limit was met, neither of an image nor of a class
         elif has_file:
             path = os.path.join(self._output_dir, DETECTIONS)
