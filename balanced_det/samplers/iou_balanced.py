@@ -22,6 +22,8 @@ Two slips of it no option has. It sets a floor of -1 to 0 after its first image,
 for each batch: the first image of a batch has rows of IoU 0 in its lowest range, and the others
 keep them apart, as ``floor_threshold`` 0 does. And what it fills up where objects are short may be
 rows that it has taken already, so that it ends with a few less.
+
+Letters: N images, R rows of an image, B ranges of IoU.
 """
 
 from collections.abc import Sequence
