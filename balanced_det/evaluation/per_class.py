@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .lvis import ABSENT, LVISResult
+from .lvis import ABSENT, ClassResult, LVISResult
 
 _NUMBERS = ("AP", "AR", "F1", "threshold")
 
@@ -49,7 +49,7 @@ def percent(fraction: float) -> float:
     return math.nan if fraction == ABSENT else 100 * fraction
 
 
-def _numbers(of_class):
+def _numbers(of_class: ClassResult) -> dict[str, Any]:
     return {
         "AP": percent(of_class.ap),
         "AR": percent(of_class.ar),
@@ -120,7 +120,7 @@ def write_results(
     write_text(class_csv(rows, results), folder, "lvis_classes.csv")
 
 
-def write_json(content, folder: str | os.PathLike, name: str) -> None:
+def write_json(content: Any, folder: str | os.PathLike, name: str) -> None:
     """Write JSON, whole or not at all; NaN, which JSON lacks, becomes null."""
     write_text(json.dumps(_null_for_nan(content), allow_nan=False), folder, name)
 
@@ -134,7 +134,7 @@ def write_text(text: str, folder: str | os.PathLike, name: str) -> None:
     os.replace(f"{path}.partial", path)
 
 
-def _null_for_nan(content):
+def _null_for_nan(content: Any) -> Any:
     if isinstance(content, Mapping):
         return {key: _null_for_nan(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
