@@ -363,7 +363,7 @@ def test_a_uniform_draw_reaches_every_row_of_a_bin_alike():
 
 
 @pytest.mark.parametrize("iou", [0.0, 0.3])
-@pytest.mark.parametrize("floor_threshold", [-1.0, 0.0, 0.3, 0.5])
+@pytest.mark.parametrize("floor_threshold", [None, 0.0, 0.3, 0.5])
 def test_equal_ious_give_full_counts(iou, floor_threshold):
     labels = torch.full((100,), BG)
     positive, negative = iou_balanced_sample(
@@ -536,6 +536,7 @@ def test_labels_of_any_integer_type_will_do(dtype):
     [
         ({"num_bins": 0}, "num_bins is 0"),
         ({"floor_threshold": -0.5}, "floor_threshold is -0.5"),
+        ({"floor_threshold": -1.0}, r"is -1.0; it must be in \[0, 1\), or None for no floor"),
         ({"floor_threshold": 1.0}, "floor_threshold is 1.0"),
         ({"floor_fraction": 1.5}, "floor_fraction is 1.5"),
     ],

@@ -282,9 +282,9 @@ def _fcos_keys():
         "NUM_CLASSES": 80,
         # The levels of the pyramid that have points.
         "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
-        # Convolutions of each tower, and their normalization ("" for none).
+        # Convolutions of each tower, and their normalization (None for none).
         "NUM_CONVS": 4,
-        "NORM": "",
+        "NORM": None,
         # In strides: how close to the center of a box a point must lie to be foreground.
         "CENTER_SAMPLING_RADIUS": 1.5,
         # At inference: the least score, how many candidates a level has, and the overlap from which

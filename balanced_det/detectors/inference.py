@@ -12,7 +12,8 @@ survive.
 
 Dense heads. Detectron2 takes the best k (anchor, class) pairs of a level. They lie in the k anchors
 of the best maximum over classes, and where scores rise with logits that maximum is taken of the
-logits as the head left them: one read of the largest tensor, no copy.
+logits as the head left them: one read of the largest tensor, no copy. These maxima are small, so
+the levels stand in one padded table from there on, and go through each step together.
 
 "Best" is one order everywhere: by falling score, and among equal scores by rising index of (row,
 class). Detectron2's region heads sort that way. Its dense heads call ``topk``, which leaves the
@@ -157,23 +158,24 @@ def dense_detections(
         For each image ``Instances`` with ``pred_boxes``, not clipped, ``scores`` and
         ``pred_classes``, by falling score. A score that is not a number is no detection.
     """
-    centerness = [None] * len(logits) if centerness is None else centerness
-    inputs = list(zip(anchors, logits, deltas, centerness, strict=True))
+    sizes = [len(boxes) for boxes in anchors]
+    first = [0, *itertools.accumulate(sizes[:-1])]  # anchor of each level
+    first = on_device(first, deltas[0].new_empty(0, dtype=torch.long))[:, None]  # (L, 1)
+    anchors = Boxes.cat(anchors).tensor
     by_logits = criterion.scores_rise_with_logits and not isinstance(score_threshold, Tensor)
     while True:
-        levels = [
-            _level_candidates(
-                *level, criterion, box2box_transform, score_threshold, topk_per_level, by_logits
-            )
-            for level in inputs
-        ]
-        boxes, scores, classes, has_nan = zip(*levels, strict=True)
-        boxes, scores, classes = (torch.cat(x, dim=1) for x in (boxes, scores, classes))
+        row, scores, classes, has_nan = _dense_candidates(
+            logits, centerness, sizes, criterion, score_threshold, topk_per_level, by_logits
+        )
+        own = torch.cat(_picked(deltas, row, 4), dim=1)  # (N, L k, 4)
+        sources = anchors[row + first].flatten(0, 2)
+        boxes = box2box_transform.apply_deltas(own.flatten(0, 1), sources).view_as(own)
+        scores, classes = scores.flatten(1), classes.flatten(1)
         kept, position = _suppress(
             boxes, scores, classes, criterion.num_classes, nms_threshold, detections_per_image
         )
         found = (kept >= 0).sum(dim=1)
-        *found, has_nan = torch.cat([found, torch.stack(has_nan).any()[None]]).tolist()
+        *found, has_nan = torch.cat([found, has_nan[None]]).tolist()
         if not has_nan:
             return _instances(image_sizes, found, boxes, kept, classes, position)
         by_logits = False  # A maximum over numbers of which one is NaN says nothing of the others.
@@ -200,41 +202,87 @@ def traced_dense_detections(detector, anchors, logits, deltas, centerness, image
     ]
 
 
-def _level_candidates(
-    anchors, logits, deltas, centerness, criterion, transform, threshold, k, by_logits
-):
-    """Return the best k pairs of an anchor and a class of a level that pass the threshold.
+def _dense_candidates(logits, centerness, sizes, criterion, threshold, k, by_logits):
+    """Return the best k pairs of an anchor and a class of each of L levels, if they pass.
+
+    All levels go through each step together.
+
+    Args:
+        logits, centerness, criterion: as of :func:`dense_detections`.
+        sizes: anchors of each level.
+        threshold, k: as ``score_threshold`` and ``topk_per_level`` there.
+        by_logits: whether maxima may be taken of logits.
 
     Returns:
-        (boxes (N, k, 4), scores (N, k) or ``ABSENT``, classes (N, k), whether a maximum was NaN).
+        (anchor in its level, score or ``ABSENT``, class), (N, L, k) each, and whether a maximum was
+        NaN. Where a level has fewer pairs than the largest, what it lacks is absent.
     """
-    logits, deltas = level_rows(logits, criterion.num_logits), level_rows(deltas, 4)
-    n, height, width, num_anchors, _ = logits.shape
-    centerness = None if centerness is None else level_rows(centerness, 1)
+    outputs = criterion.num_logits
 
     def passing(logits, centerness):
         scores = _scores(criterion, logits, centerness)
         return scores.where(scores > threshold, ABSENT)
 
     # 1. The anchors of the best maximum over classes.
+    centers = None if centerness is None else _padded([level_rows(x, 1) for x in centerness], sizes)
+    levels = [level_rows(x, outputs) for x in logits]
     if by_logits:
-        best = _scores(criterion, logits.amax(dim=-1, keepdim=True), centerness).squeeze(-1)
+        best = _padded([x.amax(dim=-1, keepdim=True) for x in levels], sizes)
+        best = _scores(criterion, best, centers).squeeze(-1)
     else:
-        best = passing(logits, centerness).amax(dim=-1)
-    best = best.flatten(1)  # (N, H W A)
-    _, row = stable_topk(best, min(k, best.shape[1]))
-    row = row.sort(dim=1).values  # (N, k), so that the order of pairs is that of (row, class)
-    image = torch.arange(n, device=row.device)[:, None]
-    at = (image, row // num_anchors // width, row // num_anchors % width, row % num_anchors)
+        best = []
+        for index, level in enumerate(levels):
+            center = None if centerness is None else level_rows(centerness[index], 1)
+            best.append(passing(level, center).amax(dim=-1, keepdim=True))
+        best = _padded(best, sizes).squeeze(-1)
+    size = on_device(sizes, best.new_empty(0, dtype=torch.long))[:, None]  # (L, 1)
+    exists = torch.arange(best.shape[2], device=best.device) < size  # (L, R)
+    best = best.where(exists, ABSENT)  # (N, L, R)
+    _, row = stable_topk(best.flatten(0, 1), min(k, best.shape[2]))
+    # So that the order of pairs is that of (row, class).
+    row = row.sort(dim=1).values.view(*best.shape[:2], -1)  # (N, L, k)
+    exists = row < size
+    row = row.minimum(size - 1)
 
     # 2. The best pairs of these anchors.
-    pairs = passing(logits[at], None if centerness is None else centerness[at])  # (N, k, K)
-    scores, index = stable_topk(pairs.flatten(1), min(k, pairs[0].numel()))  # (N, k)
-    num_classes = pairs.shape[2]
-    at = tuple(x.expand_as(row).gather(1, index // num_classes) for x in at)
-    row = row.gather(1, index // num_classes)
-    boxes = transform.apply_deltas(deltas[at].flatten(0, 1), anchors.tensor[row].flatten(0, 1))
-    return boxes.view(*row.shape, 4), scores, index % num_classes, best.isnan().any()
+    pairs = torch.stack(_picked(logits, row, outputs), dim=1)  # (N, L, k, C)
+    centers = None if centers is None else centers.gather(2, row[..., None])
+    pairs = passing(pairs, centers).where(exists[..., None], ABSENT)  # (N, L, k, K)
+    scores, index = stable_topk(pairs.flatten(0, 1).flatten(1), min(k, pairs[0, 0].numel()))
+    scores, index = (x.view(*row.shape[:2], -1) for x in (scores, index))
+    num_classes = pairs.shape[3]
+    return row.gather(2, index // num_classes), scores, index % num_classes, best.isnan().any()
+
+
+def _padded(levels, sizes):
+    """Return levels (N, H, W, A, C) in one table (N, L, R, C), R anchors of the largest.
+
+    What a smaller level lacks is zero.
+    """
+    n, *_, channels = levels[0].shape
+    table = levels[0].new_zeros(n, len(levels), max(sizes), channels)
+    for index, (level, size) in enumerate(zip(levels, sizes, strict=True)):
+        table[:, index, :size].view(level.shape).copy_(level)
+    return table
+
+
+def _picked(levels, row, channels):
+    """Return what a head says of some anchors of each level.
+
+    Args:
+        levels: its output, (N, A channels, H, W) a level.
+        row: (N, L, k) anchors of each level.
+
+    Returns:
+        L tensors (N, k, channels).
+    """
+    num_anchors = levels[0].shape[1] // channels
+    image = torch.arange(len(row), device=row.device)[:, None]
+    anchor, place = row % num_anchors, row // num_anchors
+    return [
+        level.unflatten(1, (num_anchors, channels)).flatten(3)[image, anchor[:, i], :, place[:, i]]
+        for i, level in enumerate(levels)
+    ]
 
 
 def _scores(criterion: Callable, logits, centerness):

@@ -1,11 +1,11 @@
 """IoU-balanced sampling of Libra R-CNN (arXiv 1904.02701, section 3.1).
 
 Background rows come in equal shares from ``num_bins`` ranges of IoU, of equal width, which reach
-from ``max(floor_threshold, 0)`` to the largest IoU of a background row of the image. The shares
+from ``floor_threshold``, or 0, to the largest IoU of a background row of the image. The shares
 differ by one row at most, the ranges of higher IoU having the larger; what a range is short of is
 drawn at random from what the ranges have left.
 
-With a ``floor_threshold`` >= 0, the rows below it (at 0: those of IoU 0) are kept apart: of the N
+With a ``floor_threshold``, the rows below it (at 0: those of IoU 0) are kept apart: of the N
 background rows to take, ``int(N (1 - floor_fraction))`` come from the ranges, the others at random
 from below; if one side is short, the other has the more to give.
 
@@ -40,7 +40,7 @@ class IoUBalancedSampler(Sampler):
 
     Args:
         num_bins: number of ranges.
-        floor_threshold: -1, or an IoU in [0, 1).
+        floor_threshold: an IoU in [0, 1); None for no floor.
         floor_fraction: the share of background rows from below the floor, 0 to 1.
         instance_balanced: take foreground rows in turn from their objects, not at random.
         as_published: ranges and shares of rows and objects as the official code has them.
@@ -51,17 +51,17 @@ class IoUBalancedSampler(Sampler):
     def __init__(
         self,
         num_bins: int = 3,
-        floor_threshold: float = -1.0,
+        floor_threshold: float | None = None,
         floor_fraction: float = 0.0,
         instance_balanced: bool = False,
         as_published: bool = False,
     ):
         if num_bins < 1:
             raise InputError(f"IoUBalancedSampler: num_bins is {num_bins}; it must be at least 1.")
-        if floor_threshold != -1 and not 0 <= floor_threshold < 1:
+        if floor_threshold is not None and not 0 <= floor_threshold < 1:
             raise InputError(
-                f"IoUBalancedSampler: floor_threshold is {floor_threshold}; it must be -1 or in "
-                "[0, 1)."
+                f"IoUBalancedSampler: floor_threshold is {floor_threshold}; it must be in [0, 1), "
+                "or None for no floor."
             )
         if not 0 <= floor_fraction <= 1:
             raise InputError(
@@ -109,7 +109,7 @@ class IoUBalancedSampler(Sampler):
         missing = from_ranges - taken.sum(dim=1)
         # A chance of their own: those of the rows left over are the low ones of their range.
         taken |= take(above & ~taken, uniform(chance, generator), missing, most)
-        if self.floor_threshold >= 0:
+        if self.floor_threshold is not None:
             taken |= take(below, chance, number - from_ranges, most)
         return taken
 
@@ -117,7 +117,7 @@ class IoUBalancedSampler(Sampler):
         """Return the background rows of each range, (N, B, R) bool, and all of them, (N, R)."""
         ious = rows.known("ious").float()
         background = rows.background
-        floor = max(self.floor_threshold, 0.0)
+        floor = self.floor_threshold or 0.0
         above = background & ((ious > 0) if self.floor_threshold == 0 else (ious >= floor))
         counted = rows.takes_part if self.as_published else above
         largest = (ious * counted).amax(dim=1, keepdim=True)  # (N, 1)
@@ -175,7 +175,7 @@ def iou_balanced_sample(
     """
     num_foreground = min(len(foreground), int(quota.rows_per_image * quota.positive_fraction))
     num_background = min(len(background), quota.rows_per_image - num_foreground)
-    floor, num_bins = max(sampler.floor_threshold, 0.0), sampler.num_bins
+    floor, num_bins = sampler.floor_threshold or 0.0, sampler.num_bins
     is_below = (lambda iou: iou == 0) if sampler.floor_threshold == 0 else (lambda iou: iou < floor)
     below = [row for row in background if is_below(ious[row])]
     above = [row for row in background if not is_below(ious[row])]
