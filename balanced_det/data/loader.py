@@ -27,7 +27,7 @@ from PIL import Image
 
 from ..errors import InputError, printable
 from ..seeds import derived_seed, seeded
-from .images import is_turned
+from .images import is_turned, is_turned_by_pillow
 from .training_samplers import build_training_sampler
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,11 @@ class NamingMapper:
             raise InputError(
                 f"'{path}' is turned by its EXIF data, which the installed Detectron2 ignores, so "
                 "boxes would lie elsewhere: run tools/restore_detectron2.py on it."
+            )
+        if is_turned_by_pillow(path):
+            raise InputError(
+                f"'{path}' is a TIFF that its EXIF data turn, which Pillow does, and Detectron2 "
+                "then does again, so boxes would lie elsewhere: save it upright."
             )
         try:
             return self.mapper(record)
