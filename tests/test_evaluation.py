@@ -1127,6 +1127,7 @@ def test_class_tables_hold_numbers_groups_and_the_protocol(tmp_path):
         header, *lines = csv.reader(file)
     assert header[:5] == ["category_id", "name", "group", "train_images", "bbox_AP"]
     assert lines[0][:4] == ["7", r"rar\x1b[31mity\n", "r", "2"]
+    assert lines[0][-1].startswith("LVIS: iou_type bbox, ")
     assert "max_dets_per_image 300" in lines[0][-1]
     unfound = class_rows({"bbox": lvis_result(content, [])})
     assert unfound[0]["bbox"]["F1"] == 0.0

@@ -16,6 +16,10 @@ Beside it stands "fixed AP" of Dave et al., "Evaluating Large-Vocabulary Object 
 Devil is in the Details" (arXiv 2102.01066): no limit in an image, but the 10,000 best detections of
 each class over the data set. A class then gains nothing from the low scores of other classes.
 
+Boundary AP (Cheng et al., "Boundary IoU", arXiv 2103.16562), by which the LVIS challenge of 2021
+ranked, is not computed: ``hotcoco`` 1.3 compares boxes, masks, oriented boxes and keypoints. The
+file of detections holds all that another tool needs for it.
+
 Matching is ``hotcoco``'s, which matches an image when it is given, so that workers match while they
 infer and only their states are brought together (:class:`Matcher`). Nothing here needs Detectron2
 or torch.

@@ -88,8 +88,11 @@ def class_csv(rows: Sequence[Mapping], results: Mapping[str, LVISResult]) -> str
 
 
 def protocol_text(protocol: Mapping) -> str:
-    """Return a protocol in a line."""
-    return ", ".join(f"{key} {value}" for key, value in protocol.items() if key != "protocol")
+    """Return a protocol in a line, its name first."""
+    name, *settings = (
+        str(value) if key == "protocol" else f"{key} {value}" for key, value in protocol.items()
+    )
+    return f"{name}: {', '.join(settings)}"
 
 
 def write_results(
