@@ -8,6 +8,7 @@ worker, position). So a run that starts again at any iteration sees what it woul
 number of loading processes.
 """
 
+from typing import Any
 import logging
 import signal
 import struct
@@ -249,7 +250,7 @@ class TestLoader:
 
     __test__ = False  # for pytest
 
-    def __init__(self, loader: torch.utils.data.DataLoader, name: str):
+    def __init__(self, loader: Any, name: str):
         self.loader = loader
         self.name = name
 
