@@ -8,13 +8,13 @@ worker, position). So a run that starts again at any iteration sees what it woul
 number of loading processes.
 """
 
-from typing import Any
 import logging
 import signal
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
