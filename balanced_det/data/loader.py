@@ -234,7 +234,10 @@ def _named_sampler(cfg, records):
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
     """Return Detectron2's loader of a test set, with broken images named."""
     mapper = _Catching(NamingMapper(DatasetMapper(cfg, False)))
-    return TestLoader(detectron2_test_loader(cfg, dataset_name, mapper=mapper), dataset_name)
+    loader = detectron2_test_loader(
+        cfg, dataset_name, mapper=mapper, batch_size=cfg.TEST.IMS_PER_BATCH
+    )
+    return TestLoader(loader, dataset_name)
 
 
 class TestLoader:
