@@ -12,7 +12,7 @@ import logging
 import signal
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -112,7 +112,7 @@ class BatchStream(torch.utils.data.Sampler):
         start: how many batches to leave out at the beginning.
     """
 
-    def __init__(self, sampler, batch_size: int, group: np.ndarray, start: int = 0):
+    def __init__(self, sampler: Iterable[int], batch_size: int, group: np.ndarray, start: int = 0):
         self.sampler = sampler
         self.batch_size = batch_size
         self.group = group
@@ -148,7 +148,7 @@ class TrainLoader:
         start: number of the first batch. Both are read when iteration begins.
     """
 
-    def __init__(self, cfg: CfgNode, mapper=None, sampler=None):
+    def __init__(self, cfg: CfgNode, mapper: Callable | None = None, sampler: Any = None):
         self.cfg = cfg
         self.build_sampler = sampler or _named_sampler
         self.mapper = NamingMapper(mapper or DatasetMapper(cfg, True))
