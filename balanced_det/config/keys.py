@@ -82,7 +82,7 @@ def add_own_node(cfg: CfgNode, key: str) -> None:
 
 def default_values() -> dict:
     """Return {full name: default} of all keys of :func:`add_balanced_det_config`."""
-    cfg = CfgNode({"MODEL": {}, "DATALOADER": {}, "DATASETS": {}})
+    cfg = CfgNode({"MODEL": {}, "DATALOADER": {}, "DATASETS": {}, "TEST": {}})
     add_balanced_det_config(cfg)
     return own_values(cfg)
 

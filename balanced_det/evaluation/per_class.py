@@ -27,8 +27,8 @@ def class_rows(
 
     Returns:
         ``{"category_id", "name", "group", "train_images", "test_objects", "bbox": {"AP", "AR",
-        "F1", "threshold"}, "segm": ...}``. AP, AR and F1 are in percent, the threshold is a score; NaN
-        where a class has no object to find or no detection is right.
+        "F1", "threshold"}, "segm": ...}``. AP, AR and F1 are in percent, the threshold is a score;
+        NaN where a class has no object to find or no detection is right.
     """
     rows = []
     for of_class in zip(*(result.classes for result in results.values())):
