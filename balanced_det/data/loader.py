@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Sized
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -253,7 +253,7 @@ class TestLoader:
 
     __test__ = False  # for pytest
 
-    def __init__(self, loader: torch.utils.data.DataLoader, name: str):
+    def __init__(self, loader: Any, name: str):
         self.loader = loader
         self.name = name
 

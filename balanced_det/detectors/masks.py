@@ -8,6 +8,8 @@ device, and only the text leaves it. It is the same, byte for byte.
 
 ``model(inputs)`` stays Detectron2's, with full-size ``pred_masks``. Who evaluates wraps the model
 in :class:`MasksAsRLE` and gets ``pred_masks_rle`` in their place.
+
+Letters: D detections with masks of M x M, H x W pixels of the image; T strips, L runs.
 """
 
 import itertools
