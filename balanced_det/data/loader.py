@@ -12,8 +12,9 @@ import logging
 import signal
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from functools import cache
+from typing import cast
 
 import numpy as np
 import torch
@@ -253,7 +254,7 @@ class TestLoader:
 
     def __iter__(self) -> Iterator[list[dict]]:
         hidden = None if comm.is_main_process() else True  # None: where there is no terminal
-        images = len(self.loader.sampler)  # of this worker
+        images = len(cast(Sized, self.loader.sampler))  # of this worker
         with tqdm(total=images, desc=self.name, unit="image", disable=hidden) as progress:
             for batch in _raising(self.loader):
                 yield batch

@@ -26,7 +26,7 @@ that is not finite; here it counts all.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -100,8 +100,7 @@ def region_detections(
     # Lines of one length: what an image lacks to the most proposals is absent.
     table = pad_sequence(scores.split(sizes), batch_first=True, padding_value=ABSENT)
     table = table.flatten(1)  # (N, C), C = max R_i K
-    first_row = [0, *itertools.accumulate(sizes[:-1])]
-    first_row = on_device(first_row, deltas.new_empty(0, dtype=torch.long))[:, None]  # (N, 1)
+    first_row = _begins(sizes, deltas)  # (N, 1)
 
     total = table.shape[1]
     wanted = total if detections_per_image < 0 else detections_per_image
@@ -159,16 +158,15 @@ def dense_detections(
         ``pred_classes``, by falling score. A score that is not a number is no detection.
     """
     sizes = [len(boxes) for boxes in anchors]
-    first = [0, *itertools.accumulate(sizes[:-1])]  # anchor of each level
-    first = on_device(first, deltas[0].new_empty(0, dtype=torch.long))[:, None]  # (L, 1)
-    anchors = Boxes.cat(anchors).tensor
+    first = _begins(sizes, deltas[0])  # anchor of each level, (L, 1)
+    all_anchors = Boxes.cat(list(anchors)).tensor  # (R, 4)
     by_logits = criterion.scores_rise_with_logits and not isinstance(score_threshold, Tensor)
     while True:
         row, scores, classes, has_nan = _dense_candidates(
             logits, centerness, sizes, criterion, score_threshold, topk_per_level, by_logits
         )
         own = torch.cat(_picked(deltas, row, 4), dim=1)  # (N, L k, 4)
-        sources = anchors[row + first].flatten(0, 2)
+        sources = all_anchors[row + first].flatten(0, 2)
         boxes = box2box_transform.apply_deltas(own.flatten(0, 1), sources).view_as(own)
         scores, classes = scores.flatten(1), classes.flatten(1)
         kept, position = _suppress(
@@ -285,7 +283,13 @@ def _picked(levels, row, channels):
     ]
 
 
-def _scores(criterion: Callable, logits, centerness):
+def _begins(sizes, like):
+    """Return (len(sizes), 1) long: where each part begins when they stand one after the other."""
+    begins = [0, *itertools.accumulate(sizes[:-1])]
+    return on_device(begins, like.new_empty(0, dtype=torch.long))[:, None]
+
+
+def _scores(criterion, logits, centerness):
     scores = criterion.scores(logits)
     if centerness is None:
         return scores

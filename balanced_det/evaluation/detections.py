@@ -215,7 +215,7 @@ def read_detection_files(
         np.concatenate([part.category for part in parts]),
         np.concatenate([part.scores for part in parts]),
         np.concatenate([part.boxes for part in parts]) if iou_type == "bbox" else None,
-        [mask for part in parts for mask in part.masks] if iou_type == "segm" else None,
+        [mask for part in parts for mask in part.masks or ()] if iou_type == "segm" else None,
     )
 
 
