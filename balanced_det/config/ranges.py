@@ -12,6 +12,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..errors import InputError
+from ..parts import PARTS
 
 _SHARE = "[0, 1]"
 _AT_LEAST_0 = "[0, inf)"
@@ -139,7 +140,7 @@ _BALANCE = {
     "BALANCE.ROI_HEADS.CLASS_WEIGHT_STRENGTH": _AT_LEAST_0,
     **{
         f"BALANCE.{part}.{key}": interval
-        for part in ("DENSE", "RPN", "ROI_HEADS")
+        for part in PARTS
         for key, interval in {
             "CLASSIFICATION_WEIGHT": _AT_LEAST_0,
             "BOX_WEIGHT": _AT_LEAST_0,

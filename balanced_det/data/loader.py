@@ -12,9 +12,9 @@ import logging
 import signal
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -253,7 +253,7 @@ class TestLoader:
 
     __test__ = False  # for pytest
 
-    def __init__(self, loader: Any, name: str):
+    def __init__(self, loader: torch.utils.data.DataLoader, name: str):
         self.loader = loader
         self.name = name
 
@@ -262,7 +262,7 @@ class TestLoader:
 
     def __iter__(self) -> Iterator[list[dict]]:
         hidden = None if comm.is_main_process() else True  # None: where there is no terminal
-        images = len(self.loader.sampler)  # of this worker
+        images = len(cast(Sized, self.loader.sampler))  # of this worker
         with tqdm(total=images, desc=self.name, unit="image", disable=hidden) as progress:
             for batch in _raising(self.loader):
                 yield batch

@@ -67,10 +67,9 @@ class MasksAsRLE(nn.Module):
         :class:`RunLengths`.
         """
         model: Any = getattr(self.model, "module", self.model)
-        has_masks = isinstance(model, GeneralizedRCNN) and getattr(
-            model.roi_heads, "mask_on", False
-        )
-        if not has_masks or self.training:
+        if not isinstance(model, GeneralizedRCNN):
+            return self.model(batched_inputs)
+        if self.training or not getattr(model.roi_heads, "mask_on", False):
             return self.model(batched_inputs)
         outputs = []
         raw = model.inference(batched_inputs, do_postprocess=False)

@@ -370,7 +370,7 @@ class Matcher:
         self._match_rest()
         evaluation = self._state.finalize()
         evaluation.accumulate()
-        curves = evaluation.eval
+        curves = evaluation.eval or {}
         precision = np.asarray(curves["precision"])[..., 0]  # (10 IoUs, 101 recalls, K, 4 sizes)
         recall = np.asarray(curves["recall"])[..., 0]  # (10 IoUs, K, 4 sizes)
         scores = np.asarray(curves["scores"])[0, :, :, 0, 0]  # (101 recalls, K), at IoU 0.50
