@@ -62,7 +62,15 @@ class ShapesPaths:
     image_root: Path
 
 
-def generate(out, classes=20, train=600, val=150, size=128, seed=0, overwrite=False):
+def generate(
+    out: str | os.PathLike,
+    classes: int = 20,
+    train: int = 600,
+    val: int = 150,
+    size: int = 128,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> ShapesPaths:
     """Generate a data set in the folder ``out``, or keep the equal one that is there.
 
     Nothing half-written is left behind: the folder appears under its name once it is complete.
@@ -81,7 +89,7 @@ def generate(out, classes=20, train=600, val=150, size=128, seed=0, overwrite=Fa
     Raises:
         InputError: an argument is out of range, or ``out`` holds something else.
     """
-    out = Path(out)
+    folder = Path(out)
     _check_at_least("--classes", classes, 1)
     _check_at_least("--train", train, max(1, -int(-classes // CLASSES_PER_IMAGE)))
     _check_at_least("--val", val, max(1, -(-classes // MAX_OBJECTS)))
@@ -98,15 +106,15 @@ def generate(out, classes=20, train=600, val=150, size=128, seed=0, overwrite=Fa
         "size": size,
         "seed": seed,
     }
-    paths = ShapesPaths(out / "train.json", out / "val.json", out / "images")
-    if not _already_there(out, parameters, overwrite):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+    paths = ShapesPaths(folder / "train.json", folder / "val.json", folder / "images")
+    if not _already_there(folder, parameters, overwrite):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             complete = Path(scratch) / "complete"
             _write(complete, parameters)
-            if overwrite and out.exists():
-                shutil.rmtree(out)
-            os.replace(complete, out)
+            if overwrite and folder.exists():
+                shutil.rmtree(folder)
+            os.replace(complete, folder)
     return paths
 
 
