@@ -5,7 +5,7 @@
 # make lint      lint and types alone
 # make docs      the site of docs/, into site/, from the code and without a network
 # make bench     the benchmarks, sized for this machine
-# Each installs what it needs into .venv first.
+# Each installs what it needs into .venv first; with OLDEST=1 a new .venv gets the oldest torch.
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,7 @@ CARRIED := geowatch_tpl/submodules_static/detectron2
 $(READY): requirements.txt requirements-detectron2.txt pyproject.toml tools/restore_detectron2.py
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(if $(OLDEST),$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-oldest.txt)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-detectron2.txt
 	$(PY) tools/restore_detectron2.py "$(SITE)/$(CARRIED)/detectron2"
 	echo $(CARRIED) > "$(SITE)/detectron2.pth"
@@ -40,7 +41,8 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 test: lint
 	$(PYTEST) -m "not slow"
 
-test-all: lint
+# Types are checked against the newest torch alone.
+test-all: $(if $(OLDEST),$(READY),lint)
 	$(PYTEST)
 
 test-gpu: $(READY)

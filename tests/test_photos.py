@@ -1,7 +1,10 @@
 """Pixels and boxes are the same picture: turned, mirrored, deep, broken and hostile images."""
 
+import io
 import json
 import os
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from distributed import run_workers
 from PIL import Image
 
-from balanced_det.data.images import is_turned, upright_size
+from balanced_det.data.images import is_turned, read_image, upright_size
 from balanced_det.data.loader import TrainLoader, build_test_loader
 from balanced_det.distributed import num_workers
 from balanced_det.engine import load_config
@@ -116,6 +119,32 @@ def test_inference_sees_every_photo_upright(photos):
         assert_white_where_the_box_is(sample["image"])
 
 
+def test_evaluation_takes_as_many_images_at_a_time_as_it_is_told(photos):
+    cfg = config(photos)
+    names = [sample["file_name"] for (sample,) in build_test_loader(cfg, str(photos))]
+    cfg.TEST.IMS_PER_BATCH = 3
+    batches = list(build_test_loader(cfg, str(photos)))
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    assert [sample["file_name"] for batch in batches for sample in batch] == names
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_inference_on_a_terminal_shows_images_a_second_and_the_time_left(photos, monkeypatch):
+    shown = {}
+    for screen in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", screen)
+        assert sum(map(len, build_test_loader(config(photos), str(photos)))) == len(STORED)
+        shown[type(screen)] = screen.getvalue()
+    assert shown[io.StringIO] == ""
+    last = shown[Terminal].replace("\r", "\n").strip().splitlines()[-1]
+    name, count = re.escape(str(photos)), len(STORED)
+    assert re.fullmatch(rf"{name}: 100%.* {count}/{count} \[00:\d\d<00:00, .*image/s\]", last)
+
+
 @pytest.mark.parametrize("orientation", STORED)
 def test_size_is_that_of_the_upright_photo(photos, orientation):
     path = photos.parent / f"{orientation}.png"
@@ -123,6 +152,22 @@ def test_size_is_that_of_the_upright_photo(photos, orientation):
     assert is_turned(path) == (orientation != 1)
     image = detection_utils.read_image(str(path), "RGB")
     np.testing.assert_array_equal(image, np.array(picture()))
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_turned_tiff_is_read_upright_and_not_trained_on_turned_twice(tmp_path, orientation):
+    """Pillow turns a TIFF when it loads it; Detectron2 would do so once more."""
+    path = tmp_path / "a.tiff"
+    save_photo(path, orientation)
+    assert upright_size(path) == (WIDTH, HEIGHT)
+    np.testing.assert_array_equal(read_image(path), np.array(picture()))
+    loader = TrainLoader(config(data_set(tmp_path, ["a.tiff"])))
+    if orientation == 1:
+        (sample,) = next(iter(loader))
+        assert_white_where_the_box_is(sample["image"])
+    else:
+        with pytest.raises(InputError, match="a.tiff' is a TIFF that its EXIF data turn"):
+            next(iter(loader))
 
 
 def test_boxes_drawn_on_the_photo_as_stored_are_refused(tmp_path):
