@@ -310,7 +310,7 @@ def _build_classification_loss(cfg: CfgNode, part: Part, num_classes: int) -> Cl
     return loss
 
 
-def _refuse_levels(part: Part, loss: BoxLoss) -> None:
+def _refuse_levels(part: Part, loss: ClassificationLoss | BoxLoss) -> None:
     if loss.per_level and not part.has_levels:
         name = type(loss).__name__
         raise InputError(

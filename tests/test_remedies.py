@@ -7,12 +7,15 @@ keeps what the method keeps between batches, so that whole sequences are compare
 import copy
 import math
 
+import models
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from distributed import run_workers
 from torch import nn
 from torch.nn import functional as F
 
+from balanced_det.build import build_model
 from balanced_det.cosine import CosineLinear
 from balanced_det.errors import InputError
 from balanced_det.losses import (
@@ -307,6 +310,32 @@ def test_equalized_focal_loss_starts_as_focal_loss():
     for got, expected in zip(step(ours, *batch), step(focal, *batch)):
         # The exponent is a tensor here and a number there: one float64 rounding of a power.
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "fcos"])
+def test_equalized_focal_loss_counts_the_gradients_that_a_detector_trains_with(detector):
+    torch.manual_seed(0)
+    keys = {"BALANCE.DENSE.CLASSIFICATION_LOSS": "EqualizedFocalLoss"}
+    model = build_model(models.config(models.DETECTORS[detector], keys), count=False).train()
+    loss = model.criterion.classification_loss
+    before, exponents = torch.zeros(2, loss.num_classes, dtype=torch.float64), []
+    with EventStorage():
+        for seed in range(3):
+            exponents.append(loss.pass_options([])["gamma"])
+            model.zero_grad()
+            losses = model(models.batch(seed=seed))
+            sum(value for name, value in losses.items() if "cls" in name).backward()
+            positive, negative = loss.gradient_ratio.sums - before
+            before = loss.gradient_ratio.sums.clone()
+            # The bias gets the sum of all gradients of its class, those of positives below zero.
+            bias = model.head.cls_score.bias.grad.double().view(-1, loss.num_classes).sum(dim=0)
+            # Sums of some thousand float32 numbers in another order.
+            torch.testing.assert_close(negative - positive, bias, rtol=1e-4, atol=1e-7)
+            assert positive.any() and negative.all()
+    ratio = (before[0] / (before[1] + 1e-10)).clamp(max=1)
+    expected = loss.gamma + loss.scale * (1 - ratio)
+    torch.testing.assert_close(loss.pass_options([])["gamma"], expected, rtol=0, atol=0)
+    assert (exponents[0] == loss.gamma).all()
 
 
 @pytest.mark.parametrize("loss", [EqualizationLossV2, EqualizedFocalLoss])

@@ -215,6 +215,7 @@ def test_bars_of_counts_have_no_mark_below_one():
     assert min(figure["encoding"]["y"]["axis"]["values"]) == 1
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width, dark", [(390, False), (390, True), (1200, False)])
 def test_a_browser_draws_every_figure_without_an_error(width, dark, tmp_path):
     path = full_page().write(tmp_path / "page.html")

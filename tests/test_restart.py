@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from balanced_det.data import shapes
+from models import NARROW_RESNET
+from runs import CLASSES, keys_of_data, make_data, options
 
 ROOT = Path(__file__).parents[1]
-CLASSES = 6
 ITERATIONS = 12
 
 # Small enough for seconds; every loss keeps a state, and so does the sampler of the images.
@@ -22,6 +21,7 @@ COMMON = {
     "INPUT.MIN_SIZE_TEST": 64,
     "INPUT.CROP.ENABLED": True,
     "MODEL.DEVICE": "cpu",
+    **NARROW_RESNET,
     "MODEL.FPN.OUT_CHANNELS": 64,
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.MAX_ITER": ITERATIONS,
@@ -61,33 +61,18 @@ DETECTORS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return shapes.generate(
-        tmp_path_factory.mktemp("data") / "shapes", classes=CLASSES, train=30, val=4, size=64
-    )
-
-
-def options(data, out, detector, **changes):
-    sets = [[str(p), str(p), str(data.image_root)] for p in (data.train_json, data.val_json)]
-    keys = {
-        "BALANCE.DATASETS": sets,
-        "DATASETS.TRAIN": (sets[0][0],),
-        "DATASETS.TEST": (sets[1][0],),
-        **COMMON,
-        **DETECTORS[detector][1],
-        "OUTPUT_DIR": str(out),
-        **changes,
-    }
-    return [str(text) for pair in keys.items() for text in pair]
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def command(data, out, detector, *flags, **changes):
+    keys = {**keys_of_data(data), **COMMON, **DETECTORS[detector][1], "OUTPUT_DIR": out, **changes}
     return [
         sys.executable,
         "train_net.py",
         "--config-file",
         DETECTORS[detector][0],
         *flags,
-        *options(data, out, detector, **changes),
+        *options(keys),
     ]
 
 

@@ -11,6 +11,7 @@ import operator
 from detectron2.config import CfgNode
 
 from ..errors import InputError
+from ..parts import PARTS
 
 _SHARE = "[0, 1]"
 _AT_LEAST_0 = "[0, inf)"
@@ -20,6 +21,7 @@ _FINITE = "(-inf, inf)"
 
 _SOLVER = {
     "SOLVER.IMS_PER_BATCH": _AT_LEAST_1,
+    "TEST.IMS_PER_BATCH": _AT_LEAST_1,
     "SOLVER.BASE_LR": _AT_LEAST_0,
     "SOLVER.BASE_LR_END": _AT_LEAST_0,
     "SOLVER.BIAS_LR_FACTOR": _AT_LEAST_0,
@@ -137,7 +139,7 @@ _BALANCE = {
     "BALANCE.ROI_HEADS.CLASS_WEIGHT_STRENGTH": _AT_LEAST_0,
     **{
         f"BALANCE.{part}.{key}": interval
-        for part in ("DENSE", "RPN", "ROI_HEADS")
+        for part in PARTS
         for key, interval in {
             "CLASSIFICATION_WEIGHT": _AT_LEAST_0,
             "BOX_WEIGHT": _AT_LEAST_0,
@@ -150,15 +152,22 @@ RANGES = {**_SOLVER, **_DATA, **_MODEL, **_BALANCE}
 # Where None is off, messages say so.
 _CAN_BE_OFF = {"BALANCE.COUNT_IMAGES": "for all", "BALANCE.GRADIENT_FIGURE_PERIOD": "for never"}
 
+# How older files say what None says now.
+_OLD_OFF = {"BALANCE.IoUBalancedSampler.FLOOR_THRESHOLD": -1, "MODEL.FCOS.NORM": ""}
+
 
 def check_ranges(cfg: CfgNode) -> None:
-    """Refuse a config in which a number lies outside of its interval.
+    """Refuse a config in which a number lies outside of its interval, or "off" is not None.
 
     Raises:
         InputError: naming the key, its value and the interval.
     """
+    for key, old in _OLD_OFF.items():
+        value = _value(cfg, key)
+        if value == old:
+            raise InputError(f"{key} is {value!r}, which was off; off is None.")
     for key, interval in RANGES.items():
-        value = functools.reduce(dict.__getitem__, key.split("."), cfg)
+        value = _value(cfg, key)
         for number in flat(value):
             if number is not None and not inside(number, interval):
                 off = f", or be None {_CAN_BE_OFF[key]}" if key in _CAN_BE_OFF else ""
@@ -170,6 +179,10 @@ def flat(value) -> list:
     if not isinstance(value, (list, tuple)):
         return [value]
     return [inner for item in value for inner in flat(item)]
+
+
+def _value(cfg, key):
+    return functools.reduce(dict.__getitem__, key.split("."), cfg)
 
 
 def inside(number: float, interval: str) -> bool:

@@ -12,8 +12,9 @@ import logging
 import signal
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from functools import cache
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from detectron2.data.build import _train_loader_from_config
 from detectron2.data.common import DatasetFromList
 from detectron2.utils import comm
 from PIL import Image
+from tqdm import tqdm
 
 from ..errors import InputError, printable
 from ..seeds import derived_seed, seeded
@@ -231,30 +233,40 @@ def _named_sampler(cfg, records):
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
     """Return Detectron2's loader of a test set, with broken images named."""
-    return TestLoader(
-        detectron2_test_loader(
-            cfg, dataset_name, mapper=_Catching(NamingMapper(DatasetMapper(cfg, False)))
-        )
+    mapper = _Catching(NamingMapper(DatasetMapper(cfg, False)))
+    loader = detectron2_test_loader(
+        cfg, dataset_name, mapper=mapper, batch_size=cfg.TEST.IMS_PER_BATCH
     )
+    return TestLoader(loader, dataset_name)
 
 
 class TestLoader:
     """The batches of a test set; iterating raises InputError for an image that cannot be used.
 
+    On a terminal the main process shows images a second and the time left; Detectron2's log has
+    seconds a batch.
+
     Args:
         loader: Detectron2's, whose mapper returns :class:`Broken` where it cannot map.
+        name: of the test set, for the progress.
     """
 
     __test__ = False  # for pytest
 
-    def __init__(self, loader):
+    def __init__(self, loader: Any, name: str):
         self.loader = loader
+        self.name = name
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[dict]]:
-        return _raising(self.loader)
+        hidden = None if comm.is_main_process() else True  # None: where there is no terminal
+        images = len(cast(Sized, self.loader.sampler))  # of this worker
+        with tqdm(total=images, desc=self.name, unit="image", disable=hidden) as progress:
+            for batch in _raising(self.loader):
+                yield batch
+                progress.update(len(batch))
 
 
 class _Catching:

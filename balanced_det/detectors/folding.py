@@ -3,8 +3,12 @@
 Frozen normalization multiplies a channel by a constant and adds another, and so does a convolution:
 ``(W x) s + b = (s W) x + b``. Detectron2's layer does it to the activations, in seven launches and
 two passes over them forward and one backward, for each of the 53 convolutions of a ResNet-50;
-folded it costs one pass over the weights. Results and gradients are the same to rounding.
+folded it costs one pass over the weights, and nothing where no gradients are taken: there the
+folded weights are kept. Results and gradients are the same to rounding.
 """
+
+from collections.abc import Iterable
+from typing import Self
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -28,20 +32,44 @@ class FoldedConv2d(Conv2d):
         # The state of the sources below, and what to multiply and add.
         self._constants: tuple[list, Tensor, Tensor] | None = None
         self._sources: tuple[Tensor, ...] = ()
+        # Without gradients: the state of weight and scale, the folded weight, what to add, scale.
+        self._kept: tuple[tuple, Tensor, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalize x (N, in_channels, H, W)."""
-        scale, shift = self._scale_and_shift()
-        weight = self.weight * scale.view(-1, 1, 1, 1)
+        weight, shift = self._weight_and_shift(x.device.type)
         x = F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as any module; weights may have changed in a way that leaves no trace."""
+        self._kept = None
+        return super().train(mode)
+
+    def _weight_and_shift(self, device_type: str) -> tuple[Tensor, Tensor]:
+        """Return the folded weight (out, in, k, k) and what is added, (out,)."""
+        scale, shift = self._scale_and_shift()
+        weight = self.weight
+        if (torch.is_grad_enabled() and weight.requires_grad) or torch.jit.is_tracing():
+            self._kept = None
+            return weight * scale.view(-1, 1, 1, 1), shift
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        state = _state([weight, scale]), dtype
+        if self._kept is None or self._kept[0] != state:
+            with torch.inference_mode(False):
+                folded = weight.detach() * scale.view(-1, 1, 1, 1)
+                # With the scale, so that no other tensor takes its place.
+                self._kept = state, folded.to(dtype), shift.to(dtype), scale
+        return self._kept[1], self._kept[2]
 
     def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Return what the normalization multiplies and adds, (out_channels,) each."""
         norm = self.norm
         sources = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         # They change when a checkpoint is loaded or the model is moved, and hardly ever else.
-        state = [(id(source), source.data_ptr(), source._version) for source in sources]
+        state = _state(sources)
         if self._constants is None or self._constants[0] != state:
             # Kept alive, so that no other tensor takes the place of one that state is of.
             self._sources = sources
@@ -49,6 +77,11 @@ class FoldedConv2d(Conv2d):
                 scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
                 self._constants = state, scale, norm.bias - norm.running_mean * scale
         return self._constants[1], self._constants[2]
+
+
+def _state(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    """What changes when a tensor is written to or exchanged for another."""
+    return [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 def fold_frozen_norms(module: nn.Module) -> nn.Module:

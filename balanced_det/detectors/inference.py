@@ -12,7 +12,8 @@ survive.
 
 Dense heads. Detectron2 takes the best k (anchor, class) pairs of a level. They lie in the k anchors
 of the best maximum over classes, and where scores rise with logits that maximum is taken of the
-logits as the head left them: one read of the largest tensor, no copy.
+logits as the head left them: one read of the largest tensor, no copy. These maxima are small, so
+the levels stand in one padded table from there on, and go through each step together.
 
 "Best" is one order everywhere: by falling score, and among equal scores by rising index of (row,
 class). Detectron2's region heads sort that way. Its dense heads call ``topk``, which leaves the
@@ -25,7 +26,8 @@ that is not finite; here it counts all.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -33,6 +35,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..criterion import BoxTransform, Criterion
 from ..ops.nms import nms_mask
 from ..rows import level_rows, on_device
 from .proposals import clip
@@ -99,8 +102,7 @@ def region_detections(
     # Lines of one length: what an image lacks to the most proposals is absent.
     table = pad_sequence(scores.split(sizes), batch_first=True, padding_value=ABSENT)
     table = table.flatten(1)  # (N, C), C = max R_i K
-    first_row = [0, *itertools.accumulate(sizes[:-1])]
-    first_row = on_device(first_row, deltas.new_empty(0, dtype=torch.long))[:, None]  # (N, 1)
+    first_row = _begins(sizes, deltas)  # (N, 1)
 
     total = table.shape[1]
     wanted = total if detections_per_image < 0 else detections_per_image
@@ -113,11 +115,11 @@ def region_detections(
         boxes = box2box_transform.apply_deltas(own.flatten(0, 1), sources[at].flatten(0, 1))
         boxes = clip(boxes.view_as(own), image_sizes)
         kept, position = _suppress(boxes, best, classes, num_classes, nms_threshold, wanted)
-        found = (kept >= 0).sum(dim=1)
+        counts = (kept >= 0).sum(dim=1)
         # All that pass the threshold were candidates, or enough of the candidates survived.
-        enough = (best[:, -1:] < 0).all(dim=1) | (found >= wanted)
-        *found, enough = torch.cat([found, enough.all()[None]]).tolist()
-        if enough or num_candidates >= total:
+        enough = (best[:, -1:] < 0).all(dim=1) | (counts >= wanted)
+        *found, all_enough = torch.cat([counts, enough.all()[None]]).tolist()
+        if all_enough or num_candidates >= total:
             rows = _cut(row.gather(1, position), found)
             return _instances(image_sizes, found, boxes, kept, classes, position), rows
         num_candidates *= _GROWTH
@@ -128,7 +130,7 @@ def dense_detections(
     logits: Sequence[Tensor],
     deltas: Sequence[Tensor],
     image_sizes: Sequence[tuple[int, int]],
-    criterion: torch.nn.Module,
+    criterion: Criterion,
     box2box_transform: Box2BoxTransform,
     *,
     score_threshold: float | Tensor,
@@ -157,29 +159,36 @@ def dense_detections(
         For each image ``Instances`` with ``pred_boxes``, not clipped, ``scores`` and
         ``pred_classes``, by falling score. A score that is not a number is no detection.
     """
-    centerness = [None] * len(logits) if centerness is None else centerness
-    inputs = list(zip(anchors, logits, deltas, centerness, strict=True))
+    sizes = [len(boxes) for boxes in anchors]
+    first = _begins(sizes, deltas[0])  # anchor of each level, (L, 1)
+    all_anchors = Boxes.cat(list(anchors)).tensor  # (R, 4)
     by_logits = criterion.scores_rise_with_logits and not isinstance(score_threshold, Tensor)
     while True:
-        levels = [
-            _level_candidates(
-                *level, criterion, box2box_transform, score_threshold, topk_per_level, by_logits
-            )
-            for level in inputs
-        ]
-        boxes, scores, classes, has_nan = zip(*levels, strict=True)
-        boxes, scores, classes = (torch.cat(x, dim=1) for x in (boxes, scores, classes))
+        row, scores, classes, has_nan = _dense_candidates(
+            logits, centerness, sizes, criterion, score_threshold, topk_per_level, by_logits
+        )
+        own = torch.cat(_picked(deltas, row, 4), dim=1)  # (N, L k, 4)
+        sources = all_anchors[row + first].flatten(0, 2)
+        boxes = box2box_transform.apply_deltas(own.flatten(0, 1), sources).view_as(own)
+        scores, classes = scores.flatten(1), classes.flatten(1)
         kept, position = _suppress(
             boxes, scores, classes, criterion.num_classes, nms_threshold, detections_per_image
         )
-        found = (kept >= 0).sum(dim=1)
-        *found, has_nan = torch.cat([found, torch.stack(has_nan).any()[None]]).tolist()
-        if not has_nan:
+        counts = (kept >= 0).sum(dim=1)
+        *found, any_nan = torch.cat([counts, has_nan[None]]).tolist()
+        if not any_nan:
             return _instances(image_sizes, found, boxes, kept, classes, position)
         by_logits = False  # A maximum over numbers of which one is NaN says nothing of the others.
 
 
-def traced_dense_detections(detector, anchors, logits, deltas, centerness, image_sizes):
+def traced_dense_detections(
+    detector: Any,
+    anchors: Sequence[Boxes],
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    centerness: Sequence[Tensor] | None,
+    image_sizes: Sequence[tuple[int, int]],
+) -> list[Instances]:
     """Return what :func:`dense_detections` does as Detectron2 finds it, an image at a time.
 
     A trace may see other images than it was made of; the other asks how many candidates survive.
@@ -200,51 +209,111 @@ def traced_dense_detections(detector, anchors, logits, deltas, centerness, image
     ]
 
 
-def _level_candidates(
-    anchors, logits, deltas, centerness, criterion, transform, threshold, k, by_logits
-):
-    """Return the best k pairs of an anchor and a class of a level that pass the threshold.
+def _dense_candidates(
+    logits: Sequence[Tensor],
+    centerness: Sequence[Tensor] | None,
+    sizes: Sequence[int],
+    criterion: Criterion,
+    threshold: float | Tensor,
+    k: int,
+    by_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the best k pairs of an anchor and a class of each of L levels, if they pass.
+
+    All levels go through each step together.
+
+    Args:
+        logits, centerness, criterion: as of :func:`dense_detections`.
+        sizes: anchors of each level.
+        threshold, k: as ``score_threshold`` and ``topk_per_level`` there.
+        by_logits: whether maxima may be taken of logits.
 
     Returns:
-        (boxes (N, k, 4), scores (N, k) or ``ABSENT``, classes (N, k), whether a maximum was NaN).
+        (anchor in its level, score or ``ABSENT``, class), (N, L, k) each, and whether a maximum was
+        NaN. Where a level has fewer pairs than the largest, what it lacks is absent.
     """
-    logits, deltas = level_rows(logits, criterion.num_logits), level_rows(deltas, 4)
-    n, height, width, num_anchors, _ = logits.shape
-    centerness = None if centerness is None else level_rows(centerness, 1)
+    outputs = criterion.num_logits
 
-    def passing(logits, centerness):
+    def passing(logits: Tensor, centerness: Tensor | None) -> Tensor:
         scores = _scores(criterion, logits, centerness)
         return scores.where(scores > threshold, ABSENT)
 
     # 1. The anchors of the best maximum over classes.
+    centers = None if centerness is None else _padded([level_rows(x, 1) for x in centerness], sizes)
+    levels = [level_rows(x, outputs) for x in logits]
     if by_logits:
-        best = _scores(criterion, logits.amax(dim=-1, keepdim=True), centerness).squeeze(-1)
+        best = _padded([x.amax(dim=-1, keepdim=True) for x in levels], sizes)
+        best = _scores(criterion, best, centers).squeeze(-1)
     else:
-        best = passing(logits, centerness).amax(dim=-1)
-    best = best.flatten(1)  # (N, H W A)
-    _, row = stable_topk(best, min(k, best.shape[1]))
-    row = row.sort(dim=1).values  # (N, k), so that the order of pairs is that of (row, class)
-    image = torch.arange(n, device=row.device)[:, None]
-    at = (image, row // num_anchors // width, row // num_anchors % width, row % num_anchors)
+        of_levels = []
+        for index, level in enumerate(levels):
+            center = None if centerness is None else level_rows(centerness[index], 1)
+            of_levels.append(passing(level, center).amax(dim=-1, keepdim=True))
+        best = _padded(of_levels, sizes).squeeze(-1)
+    size = on_device(sizes, best.new_empty(0, dtype=torch.long))[:, None]  # (L, 1)
+    exists = torch.arange(best.shape[2], device=best.device) < size  # (L, R)
+    best = best.where(exists, ABSENT)  # (N, L, R)
+    _, row = stable_topk(best.flatten(0, 1), min(k, best.shape[2]))
+    # So that the order of pairs is that of (row, class).
+    row = row.sort(dim=1).values.view(*best.shape[:2], -1)  # (N, L, k)
+    exists = row < size
+    row = row.minimum(size - 1)
 
     # 2. The best pairs of these anchors.
-    pairs = passing(logits[at], None if centerness is None else centerness[at])  # (N, k, K)
-    scores, index = stable_topk(pairs.flatten(1), min(k, pairs[0].numel()))  # (N, k)
-    num_classes = pairs.shape[2]
-    at = tuple(x.expand_as(row).gather(1, index // num_classes) for x in at)
-    row = row.gather(1, index // num_classes)
-    boxes = transform.apply_deltas(deltas[at].flatten(0, 1), anchors.tensor[row].flatten(0, 1))
-    return boxes.view(*row.shape, 4), scores, index % num_classes, best.isnan().any()
+    pairs = torch.stack(_picked(logits, row, outputs), dim=1)  # (N, L, k, C)
+    centers = None if centers is None else centers.gather(2, row[..., None])
+    pairs = passing(pairs, centers).where(exists[..., None], ABSENT)  # (N, L, k, K)
+    scores, pair = stable_topk(pairs.flatten(0, 1).flatten(1), min(k, pairs[0, 0].numel()))
+    scores, pair = (x.view(*row.shape[:2], -1) for x in (scores, pair))
+    num_classes = pairs.shape[3]
+    return row.gather(2, pair // num_classes), scores, pair % num_classes, best.isnan().any()
 
 
-def _scores(criterion: Callable, logits, centerness):
+def _padded(levels: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Return levels (N, H, W, A, C) in one table (N, L, R, C), R anchors of the largest.
+
+    What a smaller level lacks is zero.
+    """
+    n, *_, channels = levels[0].shape
+    table = levels[0].new_zeros(n, len(levels), max(sizes), channels)
+    for index, (level, size) in enumerate(zip(levels, sizes, strict=True)):
+        table[:, index, :size].view(level.shape).copy_(level)
+    return table
+
+
+def _picked(levels: Sequence[Tensor], row: Tensor, channels: int) -> list[Tensor]:
+    """Return what a head says of some anchors of each level.
+
+    Args:
+        levels: its output, (N, A channels, H, W) a level.
+        row: (N, L, k) anchors of each level.
+
+    Returns:
+        L tensors (N, k, channels).
+    """
+    num_anchors = levels[0].shape[1] // channels
+    image = torch.arange(len(row), device=row.device)[:, None]
+    anchor, place = row % num_anchors, row // num_anchors
+    return [
+        level.unflatten(1, (num_anchors, channels)).flatten(3)[image, anchor[:, i], :, place[:, i]]
+        for i, level in enumerate(levels)
+    ]
+
+
+def _begins(sizes: Sequence[int], like: Tensor) -> Tensor:
+    """Return (len(sizes), 1) long: where each part begins when they stand one after the other."""
+    begins = [0, *itertools.accumulate(sizes[:-1])]
+    return on_device(begins, like.new_empty(0, dtype=torch.long))[:, None]
+
+
+def _scores(criterion: Criterion, logits: Tensor, centerness: Tensor | None) -> Tensor:
     scores = criterion.scores(logits)
     if centerness is None:
         return scores
     return (scores * centerness.float().sigmoid()).sqrt()
 
 
-def _finite_scores(scores):
+def _finite_scores(scores: Tensor) -> Tensor:
     """Say of each row of (R, K) whether all its scores are finite; extremes pass NaN on."""
     if scores.numel() == 0:
         return torch.ones(len(scores), dtype=torch.bool, device=scores.device)
@@ -252,7 +321,7 @@ def _finite_scores(scores):
     return lowest.isfinite() & highest.isfinite()
 
 
-def _finite_boxes(deltas, sources, transform):
+def _finite_boxes(deltas: Tensor, sources: Tensor, transform: BoxTransform) -> Tensor:
     """Say of each row whether the boxes of all its classes are finite, by two of them.
 
     A corner is centre -+ size / 2; centre and size rise with their deltas. If the largest size
@@ -270,7 +339,14 @@ def _finite_boxes(deltas, sources, transform):
     return torch.cat(list(boxes), dim=1).isfinite().all(dim=1)
 
 
-def _suppress(boxes, scores, classes, num_classes, nms_threshold, wanted):
+def _suppress(
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    num_classes: int,
+    nms_threshold: float,
+    wanted: int,
+) -> tuple[Tensor, Tensor]:
     """Return the best detections that NMS leaves of an image's candidates.
 
     Args:
@@ -293,7 +369,14 @@ def _suppress(boxes, scores, classes, num_classes, nms_threshold, wanted):
     return stable_topk(scores.where(kept.view_as(scores), ABSENT), min(wanted, count))
 
 
-def _instances(image_sizes, found, boxes, scores, classes, position):
+def _instances(
+    image_sizes: Sequence[tuple[int, int]],
+    found: Sequence[int],
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    position: Tensor,
+) -> list[Instances]:
     """Return the ``Instances`` of each image, of the first ``found`` detections in its line."""
     boxes = boxes.gather(1, position[..., None].expand(-1, -1, 4))
     fields = zip(
@@ -308,6 +391,6 @@ def _instances(image_sizes, found, boxes, scores, classes, position):
     ]
 
 
-def _cut(lines, lengths):
+def _cut(lines: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     # Not by iterating, whose views may not be changed in place where there are gradients.
     return [lines[index, :length] for index, length in enumerate(lengths)]
