@@ -21,10 +21,12 @@ from . import new
 from .data import advice as rules
 from .data import survey
 from .data.advice import Advice, advise
+from .data.registration import check_same_classes
 from .data.statistics import COMMON_MAX_IMAGES, RARE_MAX_IMAGES, dataset_statistics
 from .data.survey import Columns, NearDuplicates
 from .detectors.anchor_fit import IOU_BINS, MISSED_IOU, AnchorFit, fit_anchors
 from .errors import InputError
+from .logs import escape_log_records
 from .losses.tail import tail_is_useful
 from .report import Page, figures, telling, write_csv, write_json
 
@@ -169,14 +171,12 @@ def analyze_config(
     names = list(cfg.DATASETS.TRAIN)
     if not names:
         raise InputError("DATASETS.TRAIN is empty: there is nothing to analyse.")
-    dicts, classes = [], None
+    dicts = []
     for name in names:
         with telling(f"Reading data set '{name}'"):
             dicts += DatasetCatalog.get(name)
-        found = list(MetadataCatalog.get(name).thing_classes)
-        if classes is not None and found != classes:
-            raise InputError(f"Data sets '{names[0]}' and '{name}' differ in their classes.")
-        classes = found
+    check_same_classes(names)
+    classes = list(MetadataCatalog.get(names[0]).thing_classes)
     counted = _count(
         dicts,
         classes,
@@ -783,6 +783,7 @@ def _megabytes(path):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; see ``--help``."""
+    escape_log_records()
     parser = argparse.ArgumentParser(
         prog="python -m balanced_det.analyze",
         description="Look at a data set before training on it.",

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .calibration import ScoreCalibration
 from .config.keys import SLOTS, method_names, method_weights
 from .config.lazy import lazy_config
-from .config.ranges import check_ranges
 from .config.reads import recorded
 from .config.unused import refuse_unused
+from .config.values import check_pairs, check_values
 from .criterion import Criterion
 from .data.registration import check_num_classes, training_statistics
 from .errors import InputError
@@ -54,7 +54,8 @@ def build_model(cfg: CfgNode, count: bool = True) -> nn.Module:
     """
     from . import detectors  # registers them; they import this module
 
-    check_ranges(cfg)
+    check_values(cfg)
+    check_pairs(cfg)
     with counting(count):
         if lazy_config(cfg) is None:
             model = _build_from_keys(cfg)
@@ -309,7 +310,7 @@ def _build_classification_loss(cfg: CfgNode, part: Part, num_classes: int) -> Cl
     return loss
 
 
-def _refuse_levels(part: Part, loss: BoxLoss) -> None:
+def _refuse_levels(part: Part, loss: ClassificationLoss | BoxLoss) -> None:
     if loss.per_level and not part.has_levels:
         name = type(loss).__name__
         raise InputError(
@@ -345,8 +346,9 @@ def _weigh_classes(cfg: CfgNode, part: Part, loss: ClassificationLoss) -> None:
             )
             weights = None if counts is None else weights
         loss.weigh_classes(weights)
-    except InputError as error:
-        raise InputError(f"BALANCE.{part.name}.CLASS_WEIGHTS: {error}") from None
+    except (InputError, TypeError, ValueError) as error:  # texts among the weights
+        reason = str(error).rstrip(".")
+        raise InputError(f"BALANCE.{part.name}.CLASS_WEIGHTS: {reason}.") from None
 
 
 def _build_calibration(
@@ -380,9 +382,11 @@ def _build_method(
     }
     try:
         return method(**given, **parameters)
-    except (InputError, TypeError, ValueError) as error:
-        # A text where a number is wanted is no InputError of the method's own.
+    except InputError as error:
         raise InputError(f"BALANCE.{name}: {error}") from None
+    except (TypeError, ValueError) as error:  # a text where a number is wanted
+        values = ", ".join(f"{key.upper()} {value!r}" for key, value in parameters.items())
+        raise InputError(f"BALANCE.{name} cannot have {values}: {error}.") from None
 
 
 def _parameter(cfg: CfgNode, part: Part, method: str, key: str, default: Any) -> Any:

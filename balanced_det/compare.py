@@ -39,6 +39,7 @@ from .errors import InputError
 from .evaluation.detections import read_detection_files
 from .evaluation.lvis import IOU_TYPES
 from .evaluation.resampling import average_precision, draw_images, match_records
+from .logs import escape_log_records
 from .report import Page, figures, telling, write_csv, write_json_lines
 from .runs import (
     PLACE_KEYS,
@@ -800,6 +801,7 @@ def summary(c: Comparison) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; see ``--help``. Returns 1 where a training failed."""
+    escape_log_records()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # Detectron2 and fvcore still script functions, which torch deprecates at their import.
     warnings.filterwarnings("ignore", ".torch.jit.script", FutureWarning)

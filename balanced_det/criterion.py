@@ -1,6 +1,6 @@
 """What a detector asks for its losses: classification + box losses + guided scale."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -161,3 +161,14 @@ class Criterion(nn.Module):
         if "boxes" in self._spaces:
             pairs["boxes"] = transform.apply_deltas(pred_deltas, sources), gt_boxes
         return pairs
+
+
+def criteria(model: nn.Module) -> Iterator[tuple[str, Criterion]]:
+    """Yield (name, criterion) of every criterion of a model.
+
+    The name is that of the module that has it, such as "roi_heads.box_predictor.0"; "dense" where
+    the criterion is the model's own.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Criterion):
+            yield name.removeprefix("module.").rpartition(".")[0] or "dense", module

@@ -78,8 +78,8 @@ def gradient_densities(model):
     for name, module in model.named_modules():
         density = getattr(module, "gradient_density", None)
         if isinstance(density, GradientDensity):
-            part, _, slot = name.removeprefix("module.").rpartition("criterion.")
-            yield f"{part or 'dense.'}{slot}", type(module).__name__, density
+            owner, _, slot = name.removeprefix("module.").rpartition("criterion.")
+            yield f"{owner or 'dense.'}{slot}", type(module).__name__, density
 
 
 def draw_gradients(density, title):

@@ -25,6 +25,7 @@ from .data.registration import check_num_classes, register_datasets
 from .data.statistics import COMMON_MAX_IMAGES, RARE_MAX_IMAGES, dataset_statistics
 from .data.survey import columns
 from .errors import InputError
+from .logs import escape_log_records
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -336,6 +337,7 @@ def write_config(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; see ``--help``."""
+    escape_log_records()
     parser = argparse.ArgumentParser(
         prog="python -m balanced_det.new",
         description="Write a config for your own data, in COCO or LVIS format.",

@@ -41,6 +41,7 @@ from .engine.checkpoint import Checkpointer, read_checkpoint, untrained
 from .errors import InputError, printable
 from .evaluation.evaluator import run_lengths_of
 from .evaluation.operating_points import OperatingPoints, with_fallback
+from .logs import escape_log_records
 from .report import write_json
 from .report.pictures import class_color, draw_objects
 
@@ -462,7 +463,9 @@ def _predict_video(predictor, file, name, target, predictions):
     video.release()
     rate = rate if 0 < rate < 1000 else 25.0
     writer, partial = None, None
-    frames = tqdm(read_frames(file), desc=file.name, unit="frame", total=max(total, 0) or None)
+    frames = tqdm(
+        read_frames(file), desc=printable(file.name), unit="frame", total=max(total, 0) or None
+    )
     try:
         for number, image in enumerate(frames):
             found = predictor(image)
@@ -529,6 +532,7 @@ def _parser():
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; see ``--help``."""
+    escape_log_records()
     options = _parser().parse_args(arguments)
     try:
         files = find_files(options.inputs)

@@ -32,6 +32,7 @@ from .engine.gradient_share import NAME as GRADIENT_SHARE
 from .errors import InputError, printable
 from .evaluation.errors import analyse_errors
 from .evaluation.operating_points import RECALLS
+from .logs import escape_log_records
 from .report import Page, figures, telling, write_csv, write_json
 from .report.pictures import as_data_url, class_color, draw_objects
 from .run_files import Run, class_biases, read_run
@@ -698,6 +699,7 @@ def _n(count, one, many):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; see ``--help``."""
+    escape_log_records()
     parser = argparse.ArgumentParser(
         prog="python -m balanced_det.run_report",
         description="Write the page of a run again, or of one that was interrupted.",

@@ -15,6 +15,7 @@ from .config import load_config, parse_args
 from .config.lazy import lazy_config, save_lazy_config
 from .engine import (
     check_run,
+    in_a_sentence,
     is_first_process,
     load_trained,
     locked,
@@ -24,6 +25,7 @@ from .engine import (
     start,
     trainer_of,
 )
+from .logs import escape_log_records
 from .run_report import report_run
 
 
@@ -36,6 +38,7 @@ def configure(args):
 
 def work(args):
     """Train or evaluate, in each process."""
+    escape_log_records()
     cfg = configure(args)
     default_setup(cfg, args)
     if lazy_config(cfg) is not None and comm.is_main_process():
@@ -46,12 +49,14 @@ def work(args):
         # What is counted comes with the checkpoint.
         model = trainer_of(cfg).build_model(cfg, count=False)
         load_trained(model, cfg, args.resume)
-        results = trainer_of(cfg).test(cfg, model)
-        if cfg.TEST.AUG.ENABLED:
-            results = {**results, **trainer_of(cfg).test_with_augmentation(cfg, model)}
+        with in_a_sentence("The evaluation failed", cfg):
+            results = trainer_of(cfg).test(cfg, model)
+            if cfg.TEST.AUG.ENABLED:
+                results = {**results, **trainer_of(cfg).test_with_augmentation(cfg, model)}
     else:
-        trainer = trainer_of(cfg)(cfg)
-        trainer.resume_or_load(resume=args.resume)
+        with in_a_sentence("The training cannot be set up", cfg):
+            trainer = trainer_of(cfg)(cfg)
+            trainer.resume_or_load(resume=args.resume)
         results = trainer.train()
     if cfg.BALANCE.REPORT and comm.is_main_process():
         weights = cfg.MODEL.WEIGHTS if args.eval_only and not args.resume else ""
@@ -82,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
         InputError: something of it is wrong.
     """
+    escape_log_records()
     try:
         run(parse_args(arguments))
     except KeyboardInterrupt:

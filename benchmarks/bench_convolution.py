@@ -15,7 +15,7 @@ import torch
 from timing import milliseconds
 from torch.nn.grad import conv2d_weight
 
-from balanced_det.detectors.wide_conv import weight_gradient
+from balanced_det.detectors.last_layer import weight_gradient
 
 CHANNELS, ANCHORS = 256, 9
 

@@ -16,24 +16,34 @@ where ``seeds()`` returns sound files as bytes. The first input that goes wrong 
 import argparse
 import copy
 import faulthandler
+import functools
+import io
 import json
 import logging
 import random
+import re
+import struct
 import sys
 import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import annotations_to_instances
+from PIL import Image
 from pycocotools import mask as mask_util
 
 from balanced_det.data.annotations import read_annotations
+from balanced_det.data.images import read_image, upright_size
+from balanced_det.data.loader import NamingMapper
 from balanced_det.data.registration import load_detections
 from balanced_det.data.statistics import dataset_statistics
 from balanced_det.errors import InputError
@@ -207,6 +217,68 @@ def use_detections(path):
         matcher.result()
 
 
+# Of Pillow's modes, and of how they are written; what is deeper than 8 bits is refused.
+PICTURES = [
+    ("RGB", "JPEG", {"quality": 90}),
+    ("RGB", "JPEG", {"progressive": True}),
+    ("L", "JPEG", {}),
+    ("CMYK", "JPEG", {}),
+    ("RGB", "PNG", {}),
+    ("P", "PNG", {"transparency": 0}),
+    ("LA", "PNG", {}),
+    ("RGBA", "PNG", {}),
+    ("1", "PNG", {}),
+    ("I;16", "PNG", {}),
+    ("P", "GIF", {}),
+    ("RGB", "WEBP", {}),
+    ("RGB", "BMP", {}),
+    ("F", "TIFF", {}),
+    ("CMYK", "TIFF", {"compression": "tiff_lzw"}),
+]
+WIDTH, HEIGHT = 60, 40
+
+
+@functools.cache
+def image_seeds():
+    """Sound images of every mode, some turned by their EXIF data."""
+    pixels = np.random.RandomState(0).randint(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+    seeds = []
+    for number, (mode, kind, options) in enumerate(PICTURES):
+        if mode == "I;16":
+            image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 200)
+        else:
+            image = Image.fromarray(pixels).convert(mode)
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010F] = number % 9, "camera"
+        file = io.BytesIO()
+        image.save(file, kind, exif=exif, **options)
+        seeds.append(file.getvalue())
+    return seeds
+
+
+@functools.cache
+def image_mapper():
+    """Detectron2's, as training has it."""
+    cfg = get_cfg()
+    cfg.INPUT.MIN_SIZE_TRAIN = (32,)
+    return NamingMapper(DatasetMapper(cfg, True))
+
+
+@reader("images", ".jpg", image_seeds)
+def use_image(path):
+    """Read a picture as converters do, as pages do, and as training does."""
+    width, height = upright_size(path)
+    assert read_image(path).shape == (height, width, 3)
+    record = {
+        "file_name": str(path),
+        "width": width,
+        "height": height,
+        "annotations": [{"bbox": [0, 0, width, height], "bbox_mode": 1, "category_id": 0}],
+    }
+    sample = image_mapper()(record)
+    assert sample["image"].shape[0] == 3 and sample["image"].dtype == torch.uint8
+
+
 # --- Spoiling -------------------------------------------------------------------------------------
 
 
@@ -286,7 +358,7 @@ def _places(content, depth=0):
 
 def spoil_bytes(raw, rng):
     """Cut, flip, repeat, or encode otherwise."""
-    kind = rng.randrange(6)
+    kind = rng.choice([kind for kind in range(6) if kind != 4 or is_text(raw)])
     raw = bytearray(raw)
     position = rng.randrange(len(raw))
     if kind == 0:
@@ -305,9 +377,43 @@ def spoil_bytes(raw, rng):
     return bytes(raw)
 
 
+def is_text(raw):
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# Sides of an image: none, too few, long but honest, more than a memory holds.
+SIDES = (0, 1, 2, 59, 61, 3_000, 65_535, 10**6, 10**9, 2**31 - 1)
+
+
+def spoil_image(raw, rng):
+    """Spoil bytes; or lie about the size, or about what EXIF data say, where these stand."""
+    kind = rng.randrange(4)
+    sides = rng.choice(SIDES), rng.choice(SIDES)
+    if kind == 0 and raw.startswith(b"\x89PNG"):
+        head = b"IHDR" + struct.pack(">II", *sides) + raw[24:29]
+        return raw[:12] + head + struct.pack(">I", zlib.crc32(head)) + raw[33:]
+    frame = re.search(b"\xff[\xc0\xc2]..\x08", raw, re.DOTALL)
+    if kind == 0 and raw.startswith(b"\xff\xd8") and frame:
+        end = frame.end()
+        lie = struct.pack(">HH", *(side % 2**16 for side in sides))
+        return raw[:end] + lie + raw[end + 4 :]
+    start = raw.find(b"Exif")
+    if kind == 1 and start >= 0:
+        rubbish = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 40)))
+        at = start + rng.randrange(40)
+        return raw[:at] + rubbish + raw[at + len(rubbish) :]
+    return spoil_bytes(raw, rng)
+
+
 def spoiled(reader, rng):
     """A spoiled file of ``reader``, as bytes."""
     raw = rng.choice(reader.seeds())
+    if reader.seeds is image_seeds:
+        return spoil_image(raw, rng)
     if reader.suffix != ".json" or rng.random() < 0.2:
         return spoil_bytes(raw, rng)
     try:

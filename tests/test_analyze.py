@@ -157,6 +157,7 @@ def test_a_config_is_analysed_as_it_would_be_trained(generated):
 # --- The page -------------------------------------------------------------------------------------
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("num_classes", [1, 7, 1203])
 def test_any_number_of_classes_of_any_name_gives_a_page(num_classes, tmp_path):
     names = [
@@ -202,10 +203,11 @@ def test_what_cannot_be_analysed_is_one_sentence(arguments, message, tmp_path, m
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.parametrize("name", ["photos", "bccd"])
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.data(name)) for name in ("photos", "bccd")]
+)
 def test_real_photographs_give_a_page(name, tmp_path):
-    if not SHARED.is_dir():
-        pytest.skip(f"the photographs of {SHARED} are not here")
     data = SHARED / "photos" / "train.json"
     if name == "bccd":
         command = ["datasets/convert.py", "voc", "--root", SHARED / "bccd", "--out", tmp_path]

@@ -287,6 +287,7 @@ def test_runs_of_different_commits_are_told_so(two, tmp_path):
     assert "different commits" not in str(compare.make_page(comparison(good, good, draws=10)))
 
 
+@pytest.mark.browser
 def test_names_are_data_and_never_markup(tmp_path):
     truth, detections = federated(0)
     for category, name in zip(truth["categories"], HARD_NAMES, strict=True):

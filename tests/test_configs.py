@@ -33,6 +33,7 @@ def test_config_loads(path):
     assert load_file(path).VERSION == 2
 
 
+@pytest.mark.usefixtures("undrawn_weights")
 @pytest.mark.parametrize("path", CONFIGS, ids=relative)
 def test_config_builds_its_model(path):
     cfg = load_file(path)

@@ -40,7 +40,7 @@ from balanced_det.selection import PerForegroundOnAverage, PerQuota, Selection
 from balanced_det.thresholds import FixedThreshold
 
 CHANNELS = 32  # of the pyramid in tests/models.py
-PIXELS = {"pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [1.0, 1.0, 1.0]}
+PIXELS = {"pixel_mean": [103.53, 116.28, 123.675], "pixel_std": [58.0, 57.0, 57.0]}
 
 
 def backbone(keys) -> Backbone:
@@ -198,7 +198,7 @@ BUILT = {
     "mask": ({**MASK, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 14}, lambda: rcnn("mask")),
     "cascade": (CASCADE, lambda: rcnn("cascade")),
     "retinanet": (RETINANET, retinanet),
-    "fcos": (FCOS, fcos),
+    "fcos": ({**FCOS, "MODEL.FCOS.SCORE_THRESH_TEST": 0.05}, fcos),
 }
 
 

@@ -334,7 +334,7 @@ def test_existing_files_are_replaced_only_when_asked_for(voc, tmp_path):
     assert json.loads((tmp_path / "val.json").read_text())["images"]
 
 
-@pytest.mark.skipif(not BCCD.exists(), reason=f"{BCCD} is not there")
+@pytest.mark.data("bccd")
 def test_command_line_makes_real_photos_usable(tmp_path):
     command = [sys.executable, str(SCRIPT), "voc", "--root", str(BCCD), "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)

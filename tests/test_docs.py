@@ -13,6 +13,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -95,12 +96,12 @@ def continued(words, before):
 
 
 def expanded(words):
-    """Expand braces as a shell does."""
+    """Expand braces as a reader's shell does."""
     found = []
     for word in words:
-        braces = re.fullmatch(r"(.*)\{(.+,.+)\}(.*)", word)
-        if braces:
-            found += [braces[1] + part + braces[3] for part in braces[2].split(",")]
+        if re.search(r"\{.*,.*\}", word) and " " not in word:
+            shell = ["bash", "-fc", f"printf '%s\\n' {word}"]
+            found += subprocess.run(shell, capture_output=True, text=True).stdout.splitlines()
         else:
             found.append(word)
     return found
@@ -197,6 +198,7 @@ def stop_after_parsing(parser, *given, parse_args=argparse.ArgumentParser.parse_
     raise Stopped
 
 
+@pytest.mark.usefixtures("undrawn_weights")
 @pytest.mark.parametrize("words", commands())
 def test_a_command_of_the_documentation_works(words, at_home, monkeypatch):
     match words:
@@ -211,6 +213,8 @@ def test_a_command_of_the_documentation_works(words, at_home, monkeypatch):
             assert extras or what == ["-e", "."]
         case ["balanced-det", name]:  # as a text calls it
             assert name in cli._COMMANDS
+        case ["python", "-m", module]:
+            assert importlib.import_module(module)
         case ["python", "train_net.py", *arguments] | ["balanced-det", "train", *arguments]:
             train(arguments)
         case ["python", "-m", "balanced_det.compare", *_] | ["balanced-det", "compare", *_]:

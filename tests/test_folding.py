@@ -10,13 +10,11 @@ from models import DETECTORS, config
 
 from balanced_det.detectors.folding import FoldedConv2d, fold_frozen_norms
 
-BOTTLENECKS = {"MODEL.RESNETS.DEPTH": 50, "MODEL.RESNETS.RES2_OUT_CHANNELS": 256}
-
 
 def normalized_backbone(*keys):
     """A ResNet-50-FPN whose frozen normalization is none of the identity."""
     torch.manual_seed(0)
-    backbone = build_model(config(DETECTORS["faster"], BOTTLENECKS, *keys)).backbone
+    backbone = build_model(config(DETECTORS["faster"], *keys)).backbone
     randomize(backbone)
     return backbone
 

@@ -11,6 +11,8 @@ from balanced_det.cosine import CosineLinear
 from balanced_det.engine import train_only
 from balanced_det.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("undrawn_weights")
+
 PAIRS = [(detector, fragment) for detector in BASES for fragment in FITTING[detector]]
 # Each fragment with each detector that it is not for.
 STRANGERS = [

@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from balanced_det.build import build_criterion
+from balanced_det.config import check_values
 from balanced_det.engine import Trainer
 from balanced_det.errors import InputError
 from balanced_det.gradient_figure import PlotGradients, draw_gradients
@@ -172,8 +173,9 @@ def test_detectron2s_clipping_is_as_it_was():
 
 
 def test_unknown_clipping_is_refused():
-    with pytest.raises(InputError, match="CLIP_TYPE: 'model' is unknown.*full_model"):
-        clipped_step("model", 1.0)
+    cfg = models.config({"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "model"})
+    with pytest.raises(InputError, match="CLIP_TYPE is 'model'; known are: .*full_model"):
+        check_values(cfg)
 
 
 @pytest.mark.parametrize("loss", ["GHMClassificationLoss", "SoftmaxGHMLoss"])

@@ -2,14 +2,12 @@
 
 import builtins
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from distributed import run_command
 from models import FASTER
 from models import config as keys_config
 from omegaconf import OmegaConf
@@ -21,6 +19,7 @@ from balanced_det.data import shapes
 from balanced_det.detectors.counting import fit_to_training_data
 from balanced_det.engine import LazyTrainer, check_run, trainer_of
 from balanced_det.errors import InputError
+from balanced_det.train import main
 
 ROOT = Path(__file__).parents[1]
 LAZY = ROOT / "configs" / "lazy"
@@ -91,14 +90,7 @@ def options(path, data, out):
 
 
 def train_net(path, *opts):
-    done = subprocess.run(
-        [sys.executable, "train_net.py", "--config-file", path, *opts],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    return done
+    run_command(main, ["--config-file", path, *opts], ROOT)
 
 
 @BOTH
@@ -121,8 +113,7 @@ def test_the_shipped_model_has_the_detectors_size(path):
 
 @BOTH
 def test_the_command_trains_two_steps_and_evaluates(path, data, tmp_path):
-    done = train_net(path, *options(path, data, tmp_path / "out"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_net(path, *options(path, data, tmp_path / "out"))
     lines = (tmp_path / "out" / "metrics.json").read_text().splitlines()
     step = next(line for line in map(json.loads, lines) if "total_loss" in line)
     assert step["iteration"] == 1
@@ -133,8 +124,7 @@ def test_the_command_trains_two_steps_and_evaluates(path, data, tmp_path):
     assert "EqualizationLoss" in written and "max_iter: 2" in written
 
     weights = f"train.init_checkpoint='{tmp_path / 'out' / 'model_final.pth'}'"
-    evaluated = train_net(path, "--eval-only", *options(path, data, tmp_path / "again"), weights)
-    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    train_net(path, "--eval-only", *options(path, data, tmp_path / "again"), weights)
     again = json.loads((tmp_path / "again" / "inference" / "lvis_results.json").read_text())
     assert again["bbox"] == results["bbox"]
 

@@ -21,7 +21,7 @@ from balanced_det.losses import (
     SoftmaxEqualizationLoss,
 )
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
 K = 5
 FREQUENCY = [0.5, 0.0, 0.3, 0.001, 0.9]  # classes 1 and 3 are tail at the default threshold
 TAIL = torch.tensor([False, True, False, True, False])
@@ -401,7 +401,7 @@ def test_shapes_that_do_not_fit_are_refused(name):
         loss([torch.zeros(4, loss.num_logits)], [torch.zeros(4).long()] * 2, 1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @each_loss
 def test_forward_never_waits_for_the_device(name):
     loss = build(name).cuda()

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from balanced_det.detectors import masks as module
 from balanced_det.detectors.masks import MasksAsRLE, masks_to_rle
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
 
 
 def pasted(masks, boxes, size):

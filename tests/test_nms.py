@@ -168,7 +168,7 @@ def test_a_group_larger_than_promised_is_an_error():
         nms_mask(boxes, scores, groups, 0.5, max_group_size=9)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_nothing_waits_for_the_device_where_sizes_are_known():
     boxes, scores, groups = crowded(20_000, 40, "cuda", lattice=False)
     expected = one_group_at_a_time(boxes, scores, groups, 0.7)
@@ -180,7 +180,7 @@ def test_nothing_waits_for_the_device_where_sizes_are_known():
     assert torch.equal(mask.nonzero().squeeze(1), expected.sort().values)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("count, num_groups", [(10_000, 1), (80_000, 40), (20_000, 1203 * 8)])
 @pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7])
 def test_groups_of_the_size_of_detectors(count, num_groups, threshold):
@@ -210,6 +210,7 @@ def test_bad_input_is_named(change, message):
         nms_mask(**arguments | change, iou_threshold=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run right here")
 def test_kernels_in_the_interpreter():
     run_in_interpreter(__file__)

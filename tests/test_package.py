@@ -1,5 +1,6 @@
 """What is published beside the code: the wheel, the command, and the files that name versions."""
 
+import ast
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 import balanced_det
-from balanced_det import cli
+from balanced_det import cli, losses, samplers
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -155,13 +156,21 @@ def test_commits_are_linted_by_the_version_that_make_installs():
 
 
 def test_the_oldest_supported_python_is_tested_and_linted_for():
-    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
-    versions = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
-    oldest = PROJECT["requires-python"].removeprefix(">=")
-    assert versions[0] == oldest and len(versions) > 1
-    target = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["target-version"]
-    assert target == "py" + oldest.replace(".", "")
-    assert workflow["jobs"]["test"]["steps"][-1]["run"] == "make test"
+    job = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]["test"]
+    oldest, *newer = job["strategy"]["matrix"]["include"]
+    version = PROJECT["requires-python"].removeprefix(">=")
+    assert oldest == {"python": version, "options": "OLDEST=1"}
+    assert newer and not any(run["options"] for run in newer)
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert tools["ruff"]["target-version"] == "py" + version.replace(".", "")
+    assert tools["mypy"]["python_version"] == version
+    assert job["steps"][-1]["run"].startswith("make test-all")
+
+
+def test_the_oldest_torch_that_is_tested_is_the_oldest_that_is_required():
+    (required,) = (d for d in PROJECT["dependencies"] if d.startswith("torch>"))
+    tested = re.search(r"^torch==(\d+\.\d+)", (ROOT / "requirements-oldest.txt").read_text(), re.M)
+    assert required == f"torch>={tested[1]}"
 
 
 def test_every_dependency_is_pinned_for_tests():
@@ -177,3 +186,23 @@ def test_every_dependency_is_pinned_for_tests():
         for requirement in [*PROJECT["dependencies"], *extras]
     }
     assert named <= pinned
+
+
+@pytest.mark.parametrize(
+    ("package", "registries"),
+    [
+        (losses, (losses.CLASSIFICATION_LOSSES, losses.BOX_LOSSES)),
+        (samplers, (samplers.SAMPLERS,)),
+    ],
+    ids=["losses", "samplers"],
+)
+def test_type_checkers_see_every_registered_method(package, registries):
+    tree = ast.parse(Path(package.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    seen = {
+        alias.name: f"{package.__name__}.{node.module}" for node in imports for alias in node.names
+    }
+    for registry in registries:
+        for name, method in registry:
+            if method.__module__.startswith(package.__name__):  # not one of another test
+                assert seen.get(name) == method.__module__, f"{name} is not imported for checkers"

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import detection_utils
+from detectron2.utils.events import EventStorage
+from distributed import run_workers
 from PIL import Image
 
-from balanced_det.data.images import is_turned, upright_size
+from balanced_det.data.images import is_turned, read_image, upright_size
 from balanced_det.data.loader import TrainLoader, build_test_loader
+from balanced_det.distributed import num_workers
 from balanced_det.engine import load_config
+from balanced_det.engine.step import TrainStep
 from balanced_det.errors import InputError
 
 WIDTH, HEIGHT = 60, 40
@@ -115,6 +119,15 @@ def test_inference_sees_every_photo_upright(photos):
         assert_white_where_the_box_is(sample["image"])
 
 
+def test_evaluation_takes_as_many_images_at_a_time_as_it_is_told(photos):
+    cfg = config(photos)
+    names = [sample["file_name"] for (sample,) in build_test_loader(cfg, str(photos))]
+    cfg.TEST.IMS_PER_BATCH = 3
+    batches = list(build_test_loader(cfg, str(photos)))
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    assert [sample["file_name"] for batch in batches for sample in batch] == names
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -139,6 +152,22 @@ def test_size_is_that_of_the_upright_photo(photos, orientation):
     assert is_turned(path) == (orientation != 1)
     image = detection_utils.read_image(str(path), "RGB")
     np.testing.assert_array_equal(image, np.array(picture()))
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_turned_tiff_is_read_upright_and_not_trained_on_turned_twice(tmp_path, orientation):
+    """Pillow turns a TIFF when it loads it; Detectron2 would do so once more."""
+    path = tmp_path / "a.tiff"
+    save_photo(path, orientation)
+    assert upright_size(path) == (WIDTH, HEIGHT)
+    np.testing.assert_array_equal(read_image(path), np.array(picture()))
+    loader = TrainLoader(config(data_set(tmp_path, ["a.tiff"])))
+    if orientation == 1:
+        (sample,) = next(iter(loader))
+        assert_white_where_the_box_is(sample["image"])
+    else:
+        with pytest.raises(InputError, match="a.tiff' is a TIFF that its EXIF data turn"):
+            next(iter(loader))
 
 
 def test_boxes_drawn_on_the_photo_as_stored_are_refused(tmp_path):
@@ -204,3 +233,43 @@ def test_broken_image_is_replaced_by_key_and_told(tmp_path):
     assert len(replaced) == 2
     for sample in replaced:
         assert all("a.png" in reason for reason in sample["skipped_images"])
+
+
+class Mean(torch.nn.Module):
+    """A model of one weight, on batches that tell their broken images as the loader does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        return {"loss": self.weight * len(batch)}
+
+
+def broken_images_of(rank, reasons_of):
+    """Train three steps; return how many images were counted after each, and the error."""
+    model = Mean()
+    batches = [[{"skipped_images": reasons}] for reasons in reasons_of[rank]]
+    if num_workers() > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = TrainStep(model, batches, optimizer, max_skipped_images=2)
+    counts = []
+    with EventStorage():
+        for step.iter in range(len(batches)):
+            try:
+                step.run_step()
+            except InputError as error:
+                return counts, str(error)
+            counts.append(step.skipped_images)
+    return counts, None
+
+
+def test_limit_of_broken_images_is_that_of_all_workers_together():
+    reasons = [[["a.png"], [], ["b.png"], []], [[], ["c.png"], [], []]]
+    results = run_workers(broken_images_of, reasons)
+    for counts, error in results:
+        assert counts == [1, 2]
+        assert error.startswith("Iteration 2: b.png; BALANCE.SKIP_BROKEN_IMAGES allows 2 of it")
+    alone = broken_images_of(0, [[["a.png"], ["b.png"], [], []]])
+    assert alone == ([1, 2, 2, 2], None)

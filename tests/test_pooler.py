@@ -121,7 +121,7 @@ def test_heads_pool_all_levels_at_once(keys):
     assert type(heads.box_pooler) is type(heads.mask_pooler) is BatchedROIPooler
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_boxes_stay_float32_under_autocast():
     # In bfloat16 these corners would move by a pixel.
     boxes = [Boxes(torch.tensor([[301.0, 203, 391, 275]], device="cuda"))]
@@ -135,7 +135,7 @@ def test_boxes_stay_float32_under_autocast():
     assert_close(found, expected, 2**-7)  # One rounding step.
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_nothing_waits_for_the_device():
     features, boxes = features_of(2, "cuda"), boxes_of((40, 30), "cuda")
     pooler = BatchedROIPooler(**PYRAMID)

@@ -10,44 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from balanced_det.data import shapes
+from runs import make_data, options, run_keys
 
 ROOT = Path(__file__).parents[1]
-CLASSES = 6
 # Issued to a run that would go on for hours.
 ENDLESS = {"SOLVER.MAX_ITER": 1_000_000}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return shapes.generate(
-        tmp_path_factory.mktemp("data") / "shapes", classes=CLASSES, train=20, val=4, size=64
-    )
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def command(data, out, *flags, starter=(), **changes):
-    sets = [[str(p), str(p), str(data.image_root)] for p in (data.train_json, data.val_json)]
-    keys = {
-        "BALANCE.DATASETS": sets,
-        "DATASETS.TRAIN": (sets[0][0],),
-        "DATASETS.TEST": (sets[1][0],),
-        "DATALOADER.NUM_WORKERS": 1,
-        "INPUT.MIN_SIZE_TRAIN": "(64,)",
-        "INPUT.MIN_SIZE_TEST": 64,
-        "MODEL.DEVICE": "cpu",
-        "MODEL.FPN.OUT_CHANNELS": 16,
-        "MODEL.ROI_HEADS.NUM_CLASSES": CLASSES,
-        "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
-        "SOLVER.IMS_PER_BATCH": 2,
-        "SOLVER.MAX_ITER": 4,
-        "SOLVER.STEPS": "()",
-        "OUTPUT_DIR": str(out),
-        **changes,
-    }
-    text = [str(part) for pair in keys.items() for part in pair]
+    keys = run_keys(data, out, **{"DATALOADER.NUM_WORKERS": 1, **changes})
     config = ("--config-file", "configs/quickstart.yaml")
-    return [sys.executable, *starter, "train_net.py", *config, *flags, *text]
+    return [sys.executable, *starter, "train_net.py", *config, *flags, *options(keys)]
 
 
 class Run(subprocess.Popen):

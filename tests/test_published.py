@@ -12,13 +12,14 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from models import batch
-from test_configs import FOLDER
+from shipped_configs import FOLDER
 from torch.nn import functional as F
 
 import balanced_det.build
 from balanced_det.build import build_model
 from balanced_det.config import load_config
 from balanced_det.errors import InputError
+from balanced_det.selection import Quota, Rows
 
 # Both sides compute in float32, but sum in another order.
 NUM_CLASSES = 20  # of the base configs
@@ -112,7 +113,7 @@ def ghm_terms(x, labels, deltas, wanted):
 
 
 def test_ghm_published_is_called_once_a_level():
-    model = build("Base-shapes-RetinaNet", "ghmc_ghmr_published")
+    model = build("shapes/retinanet", "ghmc_ghmr_published")
     classification, regression = PublishedGHM(30, 0.75), PublishedGHM(10, 0.7)
     for seed in range(3):
         inputs = batch((2, 3), seed)
@@ -127,7 +128,7 @@ def test_ghm_published_is_called_once_a_level():
 
 
 def test_ghmc_published_divides_the_box_loss_by_the_batch_s_own_foreground():
-    model = build("Base-shapes-RetinaNet", "ghmc_published")
+    model = build("shapes/retinanet", "ghmc_published")
     for seed in range(2):
         inputs = batch((2, 3), seed)
         rows = DenseRows(model, inputs)
@@ -144,7 +145,7 @@ def smooth_l1(error, beta):
 
 
 def test_sampling_free_retinanet_published_has_the_official_losses():
-    model = build("Base-shapes-RetinaNet", "sampling_free_published")
+    model = build("shapes/retinanet", "sampling_free_published")
     for seed in range(2):
         inputs = batch((2, 3), seed)
         boxes = classes = 0.0
@@ -193,7 +194,7 @@ def assert_equal_gradients(model, losses, expected):
 
 
 def test_sampling_free_retinanet_published_detects_as_the_official_code():
-    model = build("Base-shapes-RetinaNet", "sampling_free_published")
+    model = build("shapes/retinanet", "sampling_free_published")
     assert model.test_nms_thresh == 0.55
     model.score_threshold.set_row_counts(3, 10_000)
     # The prior N_f / (N K), times the classes with background; below the floor of our threshold.
@@ -201,7 +202,7 @@ def test_sampling_free_retinanet_published_detects_as_the_official_code():
 
 
 def test_sampling_free_rpn_published_has_the_official_losses():
-    model = build("Base-shapes-RCNN", "sampling_free_published")
+    model = build("shapes/faster_rcnn", "sampling_free_published")
     assert model.roi_heads.box_predictor.test_score_thresh == 0.0001
     rpn, inputs = model.proposal_generator, batch((2, 3))
     images = model.preprocess_image(inputs)
@@ -247,7 +248,7 @@ def logits_layer(rpn):
 
 
 def test_sampling_free_region_head_published_has_the_official_losses():
-    predictor = build("Base-shapes-RCNN", "sampling_free_published").roi_heads.box_predictor
+    predictor = build("shapes/faster_rcnn", "sampling_free_published").roi_heads.box_predictor
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(9, 21, generator=generator).requires_grad_()
     deltas = torch.randn(9, 80, generator=generator).requires_grad_()
@@ -280,16 +281,16 @@ def test_sampling_free_region_head_published_has_the_official_losses():
 def test_levels_one_by_one_are_refused_where_rows_have_none(part, slot, loss):
     keys = {f"BALANCE__{part}__{slot}": loss, f"BALANCE__{loss}__PER_LEVEL": True}
     with pytest.raises(InputError, match=f"BALANCE.{loss}.PER_LEVEL: the losses of {part}"):
-        build("Base-shapes-RCNN", **keys)
+        build("shapes/faster_rcnn", **keys)
 
 
 def test_an_unknown_normalizer_is_refused():
     with pytest.raises(InputError, match="NORMALIZER is 'sum'; known are: average, batch"):
-        build("Base-shapes-RetinaNet", BALANCE__DENSE__NORMALIZER="sum")
+        build("shapes/retinanet", BALANCE__DENSE__NORMALIZER="sum")
 
 
 def test_libra_retinanet_published_has_the_official_losses():
-    model = build("Base-shapes-RetinaNet", "libra_published")
+    model = build("shapes/retinanet", "libra_published")
     # Uniform within sqrt(6 / (64 + 64)); of 4,096 draws some come near the bound.
     assert 0.21 < model.backbone.refine.out.weight.abs().max() <= (6 / 128) ** 0.5
     inputs = batch((2, 3))
@@ -316,10 +317,27 @@ def focal(x, target):
 
 
 def test_libra_r_cnn_published_starts_its_pyramid_by_xavier_s_rule():
-    model = build("Base-shapes-RCNN", "libra_published")
+    model = build("shapes/faster_rcnn", "libra_published")
     for layer in (getattr(model.backbone.refine, name) for name in ("theta", "phi", "g", "out")):
         assert 0.21 < layer.weight.abs().max() <= (6 / 128) ** 0.5 and not layer.bias.any()
     assert model.roi_heads.box_predictor.criterion.box_losses[0].beta == 1
+
+
+def test_libra_r_cnn_published_takes_background_from_ranges_that_reach_to_one():
+    sampler = build("shapes/faster_rcnn", "libra_published").roi_heads.selection.sampler
+    # An object itself, of IoU 1, and 200 rows of background each of IoU 0, 0.2 and 0.4.
+    labels = torch.tensor([[3] + [NUM_CLASSES] * 600])
+    ious = torch.tensor([[1.0] + [0.0] * 200 + [0.2] * 200 + [0.4] * 200])
+    rows = Rows(labels, NUM_CLASSES, ious, torch.zeros_like(labels))
+    taken, repeats = torch.zeros(601), 100
+    for _ in range(repeats):
+        taken += sampler(rows, Quota(91, 0.25))[0]
+    none, low, high = (taken[ious[0] == iou].sum().item() / repeats for iou in (0.0, 0.2, 0.4))
+    # Of 90 rows 30 from [0, 1/3), 30 from [1/3, 2/3), none from the last third, where only the
+    # object is; the other 30 at random from the 340 left, 15 of either range, with a standard
+    # deviation of 2.6 a draw: five of them for the mean of 100 draws are 1.3.
+    assert none == 0 and low + high == 90 and low == pytest.approx(45, abs=1.3)
+    assert taken[0] == repeats
 
 
 def test_softmax_eql_published_drops_classes_at_the_threshold(monkeypatch):
@@ -327,7 +345,7 @@ def test_softmax_eql_published_drops_classes_at_the_threshold(monkeypatch):
     frequency = [0.9, 0.3, 0.3, 0.2] + [0.5] * 16
     monkeypatch.setattr(balanced_det.build, "counted_statistic", lambda cfg, name: frequency)
     model = build(
-        "Base-shapes-RCNN",
+        "shapes/faster_rcnn",
         "softmax_eql_published",
         BALANCE__SoftmaxEqualizationLoss__TAIL_THRESHOLD=0.3,
         BALANCE__SoftmaxEqualizationLoss__DROP_PROBABILITY=1.0,

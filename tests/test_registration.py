@@ -14,6 +14,7 @@ from balanced_det.data import registration, shapes
 from balanced_det.data.registration import (
     check_masks,
     check_num_classes,
+    check_same_classes,
     load_detections,
     num_classes,
     register_datasets,
@@ -126,7 +127,7 @@ def test_generated_lvis_v1_data_is_read_like_detectron2_does(tmp_path):
     assert statistics.image_count.tolist() == [counts[i] for i in range(1, 6)]
 
 
-@pytest.mark.skipif(not LVIS_V05.exists(), reason=f"{LVIS_V05} is not there")
+@pytest.mark.data(LVIS_V05.name)
 def test_real_lvis_v05_annotations_are_read_like_detectron2_does():
     ours = load_detections(LVIS_V05, None)
     theirs = load_lvis_json(str(LVIS_V05), "root/")
@@ -142,7 +143,7 @@ def test_real_lvis_v05_annotations_are_read_like_detectron2_does():
     assert (statistics.image_count > 0).sum() == 190
 
 
-@pytest.mark.skipif(not LVIS_V05.exists(), reason=f"{LVIS_V05} is not there")
+@pytest.mark.data(LVIS_V05.name)
 def test_detectron2s_own_name_is_registered_with_our_reader(tmp_path, monkeypatch):
     dataset = "lvis_v0.5_val_rand_100"
     (tmp_path / "lvis").mkdir()
@@ -415,6 +416,27 @@ def test_training_sets_with_different_classes_are_refused(tmp_path):
     register_datasets(cfg)
     with pytest.raises(InputError, match="differ in their classes"):
         training_statistics(cfg)
+
+
+def test_classes_of_several_sets_are_compared_each_with_the_first(tmp_path):
+    names = [name() for _ in range(4)]
+    changes = [None, None, lambda c: c["categories"].pop(), lambda c: c["categories"].reverse()]
+    entries = []
+    for each, change in zip(names, changes):
+        (tmp_path / each).mkdir()
+        content = changed(change) if change else changed(lambda c: None)
+        content["annotations"] = []
+        entries.append((each, str(write(tmp_path / each, content)), ""))
+    register_datasets(config(*entries))
+    check_same_classes([])
+    check_same_classes(names[:1])
+    check_same_classes(names[:2])
+    # Listed backwards, the ids still tell the order.
+    check_same_classes([names[0], names[3]])
+    with pytest.raises(
+        InputError, match="class 2, .* is '.*' in the first and absent in the second"
+    ):
+        check_same_classes(names)
 
 
 def test_a_test_set_whose_classes_stand_under_other_ids_is_refused(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from browser import open_page
 
 from balanced_det.errors import InputError
+from balanced_det.logs import escaped
 from balanced_det.report import (
     Page,
     figures,
@@ -122,7 +123,7 @@ def test_no_name_becomes_a_tag():
     assert elements.tags.count("script") == 3
     shown = "".join(elements.text)
     for name in NAMES:
-        assert name.encode("utf-8", "replace").decode() in shown
+        assert escaped(name) in shown
 
 
 def test_figures_of_a_page_are_read_back_as_they_were_given():
@@ -214,6 +215,7 @@ def test_bars_of_counts_have_no_mark_below_one():
     assert min(figure["encoding"]["y"]["axis"]["values"]) == 1
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width, dark", [(390, False), (390, True), (1200, False)])
 def test_a_browser_draws_every_figure_without_an_error(width, dark, tmp_path):
     path = full_page().write(tmp_path / "page.html")

@@ -93,7 +93,7 @@ def test_no_detection_gives_zero_where_there_are_objects():
     assert not np.isnan(found[:, :-1, 0]).any()
 
 
-@pytest.mark.skipif(not LVIS_FILE.is_file(), reason=f"{LVIS_FILE} is not here")
+@pytest.mark.data(LVIS_FILE.name)
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_true_lvis_annotations_give_the_ap_of_the_evaluation(iou_type):
     truth = read_annotations(LVIS_FILE)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from balanced_det.data import shapes
+from models import NARROW_RESNET
+from runs import CLASSES, keys_of_data, make_data, options
 
 ROOT = Path(__file__).parents[1]
-CLASSES = 6
 ITERATIONS = 12
 
 # Small enough for seconds; every loss keeps a state, and so does the sampler of the images.
@@ -22,6 +21,7 @@ COMMON = {
     "INPUT.MIN_SIZE_TEST": 64,
     "INPUT.CROP.ENABLED": True,
     "MODEL.DEVICE": "cpu",
+    **NARROW_RESNET,
     "MODEL.FPN.OUT_CHANNELS": 64,
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.MAX_ITER": ITERATIONS,
@@ -61,33 +61,18 @@ DETECTORS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return shapes.generate(
-        tmp_path_factory.mktemp("data") / "shapes", classes=CLASSES, train=30, val=4, size=64
-    )
-
-
-def options(data, out, detector, **changes):
-    sets = [[str(p), str(p), str(data.image_root)] for p in (data.train_json, data.val_json)]
-    keys = {
-        "BALANCE.DATASETS": sets,
-        "DATASETS.TRAIN": (sets[0][0],),
-        "DATASETS.TEST": (sets[1][0],),
-        **COMMON,
-        **DETECTORS[detector][1],
-        "OUTPUT_DIR": str(out),
-        **changes,
-    }
-    return [str(text) for pair in keys.items() for text in pair]
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def command(data, out, detector, *flags, **changes):
+    keys = {**keys_of_data(data), **COMMON, **DETECTORS[detector][1], "OUTPUT_DIR": out, **changes}
     return [
         sys.executable,
         "train_net.py",
         "--config-file",
         DETECTORS[detector][0],
         *flags,
-        *options(data, out, detector, **changes),
+        *options(keys),
     ]
 
 
@@ -163,3 +148,89 @@ def test_run_without_a_seed_goes_on_with_the_random_numbers_it_began_with(data, 
     (resumed / "model_0000005.pth").write_bytes((whole / "model_0000005.pth").read_bytes())
     run(data, resumed, "dense", "--resume")
     assert differing(whole / "model_final.pth", resumed / "model_final.pth") == set()
+
+
+# --- Several processes, and a GPU -----------------------------------------------------------------
+
+# On a GPU sums come in any order, which float16 shows in its last bits. What a run loses when it
+# forgets the momentum, or sees other images, is as large as what it learns.
+TOLERANCE = {"cpu": 0.0, "cuda": 0.1}
+# As many as there are, of two; SyncBN and the rest talk by NCCL then.
+NUM_GPUS = min(2, torch.cuda.device_count())
+
+
+def on_device(device, amp):
+    """Return the flags and keys of a run on a device, in mixed precision where ``amp`` names it."""
+    keys = {"MODEL.DEVICE": device, "SEED": 3, "SOLVER.CHECKPOINT_PERIOD": 3}
+    keys.update({"SOLVER.AMP.ENABLED": True, "BALANCE.AMP_DTYPE": amp} if amp else {})
+    processes = NUM_GPUS if device == "cuda" else 2
+    return ("--num-gpus", str(processes), "--dist-url", "auto"), keys
+
+
+def weights_of(path):
+    state = torch.load(path, map_location="cpu")["model"]
+    return torch.cat([v.double().flatten() for v in state.values() if v.is_floating_point()])
+
+
+def exact_state_of(path):
+    """Return what no order of a sum changes: where the run is, its rates, and the scaler."""
+    trainer = torch.load(path, map_location="cpu")["trainer"]
+    step = trainer["_trainer"]
+    groups = step["optimizer"]["param_groups"]
+    return {
+        "iteration": trainer["iteration"],
+        "rates": [group["lr"] for group in groups],
+        "schedule": trainer["hooks"]["LRScheduler"],
+        "scaler": step.get("grad_scaler"),
+        "seed": step["seed"],
+        "skipped": (step["skipped_steps"], step["skipped_images"]),
+    }
+
+
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not NUM_GPUS, reason="needs a CUDA device")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "amp"),
+    [
+        pytest.param("cpu", None, id="two processes"),
+        pytest.param("cuda", None, id="cuda", marks=CUDA),
+        pytest.param("cuda", "float16", id="cuda, float16", marks=CUDA),
+        pytest.param("cuda", "bfloat16", id="cuda, bfloat16", marks=CUDA),
+    ],
+)
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_processes_killed_and_resumed_end_as_the_uninterrupted_ones(
+    data, tmp_path, detector, device, amp
+):
+    whole, resumed, killed = (tmp_path / name for name in ("whole", "resumed", "killed"))
+    flags, keys = on_device(device, amp)
+    run(data, whole, detector, *flags, **keys)
+
+    # From one state in the middle: what the rest of the run makes of it.
+    resumed.mkdir()
+    middle = "model_0000005.pth"
+    (resumed / middle).write_bytes((whole / middle).read_bytes())
+    run(data, resumed, detector, *flags, "--resume", **keys)
+    start, first, second = map(
+        weights_of,
+        (whole / middle, whole / "model_final.pth", resumed / "model_final.pth"),
+    )
+    moved = (first - start).norm()
+    assert moved > 0
+    assert (second - first).norm() <= TOLERANCE[device] * moved
+    expected = exact_state_of(whole / "model_final.pth")
+    assert exact_state_of(resumed / "model_final.pth") == expected
+    if amp == "float16":
+        assert expected["scaler"]["scale"] > 0
+        # Counted since the start or the last overflow, which the resumed run must know of.
+        assert exact_state_of(whole / middle)["scaler"] != expected["scaler"]
+
+    # Killed for real, all processes at once.
+    texts = [str(text) for pair in keys.items() for text in pair]
+    kill_at(2, data, killed, detector, *flags, *texts)
+    run(data, killed, detector, *flags, "--resume", **keys)
+    assert exact_state_of(killed / "model_final.pth")["iteration"] == expected["iteration"]
+    if device == "cpu":
+        assert differing(whole / "model_final.pth", killed / "model_final.pth") == set()

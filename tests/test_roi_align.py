@@ -268,7 +268,7 @@ def test_bad_input_is_named(change, message):
         roi_align(**arguments | change)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("bins, count", [(7, 2048), (14, 256)])
 def test_regions_of_the_size_of_detectors(bins, count):
     torch.manual_seed(0)
@@ -292,7 +292,7 @@ def test_regions_of_the_size_of_detectors(bins, count):
         assert_close(a, b)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_nothing_waits_for_the_device():
     features, boxes = pyramid("cuda"), scattered(30, "cuda")
     roi_align(features, *boxes, SCALES, 3).sum().backward()  # Compiling and loading may wait.
@@ -303,6 +303,7 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run right here")
 def test_kernels_in_the_interpreter():
     run_in_interpreter(__file__)

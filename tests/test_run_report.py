@@ -3,17 +3,15 @@
 import csv
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from browser import open_page
-from runs import make_data, run_config, train
+from distributed import run_command
+from runs import make_data, options, run_config, run_keys, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from balanced_det import run_report
@@ -25,6 +23,7 @@ from balanced_det.evaluation.evaluator import DETECTIONS, POINTS
 from balanced_det.evaluation.operating_points import OperatingPoints
 from balanced_det.evaluation.per_class import class_rows, percent, write_json, write_results
 from balanced_det.run_files import class_biases, read_run
+from balanced_det.train import main
 
 ROOT = Path(__file__).parents[1]
 NAMES = [
@@ -131,6 +130,7 @@ def evaluated_folder(folder, names, per_image, seed=0):
 # --- What it shows --------------------------------------------------------------------------------
 
 
+@pytest.mark.browser
 def test_the_page_shows_every_part_of_a_run(run, tmp_path):
     page = page_of(run)
     for section in (
@@ -276,6 +276,7 @@ def test_errors_of_many_images_are_those_of_some_at_equal_distances(tmp_path):
 # --- Any data, any rest of a run ------------------------------------------------------------------
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize(
     "names",
     [["only"], NAMES, [f"class {c}" for c in range(1203)]],
@@ -370,51 +371,22 @@ def test_of_repeated_iterations_the_later_line_counts(tmp_path):
 # --- The end of a run -----------------------------------------------------------------------------
 
 
-def options(data, out, **changes):
-    cfg = {
-        "BALANCE.DATASETS": [
-            [str(p), str(p), str(data.image_root)] for p in (data.train_json, data.val_json)
-        ],
-        "DATASETS.TRAIN": (str(data.train_json),),
-        "DATASETS.TEST": (str(data.val_json),),
-        "DATALOADER.NUM_WORKERS": 0,
-        "INPUT.MIN_SIZE_TRAIN": (64,),
-        "INPUT.MIN_SIZE_TEST": 64,
-        "MODEL.DEVICE": "cpu",
-        "MODEL.FPN.OUT_CHANNELS": 16,
-        "MODEL.ROI_HEADS.NUM_CLASSES": 6,
-        "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
-        "SOLVER.IMS_PER_BATCH": 2,
-        "SOLVER.MAX_ITER": 2,
-        "SOLVER.STEPS": (),
-        "OUTPUT_DIR": out,
-        **changes,
-    }
-    return [text for key, value in cfg.items() for text in (key, str(value))]
-
-
 def train_net(*arguments):
-    return subprocess.run(
-        [sys.executable, "train_net.py", "--config-file", "configs/quickstart.yaml", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    arguments = ["--config-file", "configs/quickstart.yaml", *map(str, arguments)]
+    run_command(main, arguments, ROOT)
 
 
-@pytest.mark.slow
 def test_a_command_ends_with_the_page_unless_told(data, tmp_path):
     out = tmp_path / "out"
-    done = train_net(*options(data, out))
-    assert done.returncode == 0, done.stderr
+    keys = options(run_keys(data, out, SOLVER__MAX_ITER=2))
+    train_net(*keys)
     page = (out / "report.html").read_text()
     assert "What this run changes against the configs that it is based on" in page
     assert "<td>the command line</td>" in page and "<td>configs/quickstart.yaml</td>" in page
     for name in ("report.html", "report.json", "report_classes.csv"):
         (out / name).unlink()
-    evaluate = ["--eval-only", *options(data, out), "MODEL.WEIGHTS", out / "model_final.pth"]
-    assert train_net(*evaluate, "BALANCE.REPORT", "False").returncode == 0
+    evaluate = ["--eval-only", *keys, "MODEL.WEIGHTS", out / "model_final.pth"]
+    train_net(*evaluate, "BALANCE.REPORT", "False")
     assert not (out / "report.html").exists()
 
 

@@ -12,63 +12,32 @@ import pytest
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
+from distributed import run_command
+from runs import options, run_keys
 
 from balanced_det.config import load_config, parse_args
 from balanced_det.data import shapes
 from balanced_det.engine import Trainer, check_run
 from balanced_det.errors import InputError
+from balanced_det.train import main
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "configs/quickstart.yaml"
 CLASSES = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """A training and a validation set; their names are their paths, so that none is used twice."""
-
-    train: Path
-    val: Path
-    images: Path
-
-    def options(self, out, **changes):
-        """Return the quickstart on this data as KEY VALUE pairs, small enough for seconds.
-
-        Args:
-            out: the output folder.
-            changes: more keys, with "__" for each dot.
-        """
-        sets = [[str(path), str(path), str(self.images)] for path in (self.train, self.val)]
-        keys = {
-            "BALANCE__DATASETS": sets,
-            "DATASETS__TRAIN": (str(self.train),),
-            "DATASETS__TEST": (str(self.val),),
-            "DATALOADER__NUM_WORKERS": 0,
-            "INPUT__MIN_SIZE_TRAIN": (64,),
-            "INPUT__MIN_SIZE_TEST": 64,
-            "MODEL__DEVICE": "cpu",
-            "MODEL__FPN__OUT_CHANNELS": 16,
-            "MODEL__ROI_HEADS__NUM_CLASSES": CLASSES,
-            # A network that has hardly learnt anything still finds something to compare.
-            "MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.0,
-            "MODEL__ROI_BOX_HEAD__FC_DIM": 32,
-            "SOLVER__IMS_PER_BATCH": 2,
-            "SOLVER__MAX_ITER": 6,
-            "SOLVER__STEPS": (),
-            "OUTPUT_DIR": str(out),
-            **changes,
-        }
-        return [
-            text for key, value in keys.items() for text in (key.replace("__", "."), str(value))
-        ]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    paths = shapes.generate(
+    # Data sets are named by their paths, so that no name is used twice.
+    return shapes.generate(
         tmp_path_factory.mktemp("data") / "shapes", classes=CLASSES, train=40, val=16, size=64
     )
-    return Data(paths.train_json, paths.val_json, paths.image_root)
+
+
+def small(data, out, **changes):
+    """Return the quickstart on this data as KEY VALUE pairs, small enough for seconds."""
+    changes = {"MODEL__ROI_HEADS__NUM_CLASSES": CLASSES, "SOLVER__MAX_ITER": 6, **changes}
+    return options(run_keys(data, out, **changes))
 
 
 def train_net(*arguments):
@@ -88,11 +57,16 @@ def succeed(*arguments):
     return done
 
 
+def run(*arguments):
+    """Run it without a Python of its own, which takes seconds to import everything again."""
+    run_command(main, ["--config-file", QUICKSTART, *map(str, arguments)], ROOT)
+
+
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     """Return the output folder and the standard output of a training."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    return out, succeed(*data.options(out)).stdout
+    return out, succeed(*small(data, out)).stdout
 
 
 def read(path):
@@ -148,7 +122,7 @@ def test_log_file_holds_the_projects_own_messages(trained):
 
 
 def test_class_frequencies_are_counted_in_the_training_set(trained, data):
-    content = read(data.train)
+    content = read(data.train_json)
     holders = {c["id"]: set() for c in content["categories"]}
     for annotation in content["annotations"]:
         holders[annotation["category_id"]].add(annotation["image_id"])
@@ -158,9 +132,9 @@ def test_class_frequencies_are_counted_in_the_training_set(trained, data):
 
 
 def test_evaluation_needs_no_training_set(trained, data, tmp_path):
-    without = dataclasses.replace(data, train=tmp_path / "gone.json")
+    without = dataclasses.replace(data, train_json=tmp_path / "gone.json")
     weights = str(trained[0] / "model_final.pth")
-    succeed("--eval-only", *without.options(tmp_path / "out", MODEL__WEIGHTS=weights))
+    run("--eval-only", *small(without, tmp_path / "out", MODEL__WEIGHTS=weights))
 
     before, after = (out / "inference" for out in (trained[0], tmp_path / "out"))
     detections = read(after / "lvis_instances_results.json")
@@ -173,8 +147,8 @@ def test_evaluation_needs_no_training_set(trained, data, tmp_path):
 def test_resuming_goes_on_where_it_stopped(trained, data, tmp_path):
     out = shutil.copytree(trained[0], tmp_path / "out")
     # Frequencies are part of what was trained: those of other data must not replace them.
-    other = dataclasses.replace(data, train=data.val)
-    succeed("--resume", *other.options(out, SOLVER__MAX_ITER=8))
+    other = dataclasses.replace(data, train_json=data.val_json)
+    run("--resume", *small(other, out, SOLVER__MAX_ITER=8))
 
     assert [line["iteration"] for line in metrics(out) if "total_loss" in line] == [5, 7]
     assert "Starting training from iteration 6" in (out / "log.txt").read_text()
@@ -187,14 +161,15 @@ def test_resuming_goes_on_where_it_stopped(trained, data, tmp_path):
 
 def test_second_phase_trains_the_classifier_alone(trained, data, tmp_path):
     classifier = "roi_heads.box_predictor.cls_score"
-    options = data.options(
+    keys = small(
+        data,
         tmp_path / "out",
         MODEL__WEIGHTS=trained[0] / "model_final.pth",
         BALANCE__TRAIN_ONLY=[classifier],
         SOLVER__MAX_ITER=4,
         TEST__EVAL_PERIOD=2,  # an evaluation switches the model to training afterwards
     )
-    succeed(*options)
+    run(*keys)
     before, after = (checkpoint(out)["model"] for out in (trained[0], tmp_path / "out"))
     # Running statistics of batch normalization are among the tensors that must not differ.
     assert any(name.endswith("running_mean") for name in before)
@@ -215,9 +190,10 @@ def train_and_save_state(options, folder):
     torch.save((trainer.iter, model.state_dict()), folder / f"{comm.get_rank()}.pth")
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(data, tmp_path):
-    options = data.options(tmp_path / "out", SOLVER__MAX_ITER=20, SOLVER__IMS_PER_BATCH=4)
-    launch(train_and_save_state, 2, dist_url="auto", args=(options, tmp_path))
+    keys = small(data, tmp_path / "out", SOLVER__MAX_ITER=20, SOLVER__IMS_PER_BATCH=4)
+    launch(train_and_save_state, 2, dist_url="auto", args=(keys, tmp_path))
     (steps, first), (_, second) = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
     assert steps == 20
     assert first["backbone.bottom_up.stem.conv1.norm.running_mean"].abs().sum() > 0
@@ -255,11 +231,11 @@ def broken(path, folder, change):
 
 
 def test_sound_command_line_is_not_refused(data, tmp_path):
-    check(["--config-file", QUICKSTART, *data.options(tmp_path / "out")])
+    check(["--config-file", QUICKSTART, *small(data, tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("which", ["train", "val"])
+@pytest.mark.parametrize("which", ["train_json", "val_json"])
 @pytest.mark.parametrize(
     ("change", "mentioned"),
     [
@@ -273,14 +249,14 @@ def test_sound_command_line_is_not_refused(data, tmp_path):
 def test_broken_data_is_refused(data, tmp_path, which, change, mentioned):
     path = broken(getattr(data, which), tmp_path, change)
     bad = dataclasses.replace(data, **{which: path})
-    arguments = ["--config-file", QUICKSTART, *bad.options(tmp_path / "out")]
+    arguments = ["--config-file", QUICKSTART, *small(bad, tmp_path / "out")]
     refuse(arguments, tmp_path / "out", path, mentioned)
 
 
-@pytest.mark.parametrize("which", ["train", "val"])
+@pytest.mark.parametrize("which", ["train_json", "val_json"])
 def test_missing_data_is_refused(data, tmp_path, which):
     bad = dataclasses.replace(data, **{which: tmp_path / "no.json"})
-    arguments = ["--config-file", QUICKSTART, *bad.options(tmp_path / "out")]
+    arguments = ["--config-file", QUICKSTART, *small(bad, tmp_path / "out")]
     refuse(arguments, tmp_path / "out", tmp_path / "no.json", "does not exist")
 
 
@@ -308,13 +284,13 @@ def test_missing_data_is_refused(data, tmp_path, which):
     ],
 )
 def test_bad_value_is_refused(data, tmp_path, key, value, mentioned):
-    arguments = ["--config-file", QUICKSTART, *data.options(tmp_path / "out"), key, value]
+    arguments = ["--config-file", QUICKSTART, *small(data, tmp_path / "out"), key, value]
     refuse(arguments, tmp_path / "out", key, *mentioned)
 
 
 def test_batch_that_workers_cannot_share_is_refused(data, tmp_path):
-    options = data.options(tmp_path / "out", **{"SOLVER.IMS_PER_BATCH": 3})
-    arguments = ["--config-file", QUICKSTART, "--num-gpus", "2", *options]
+    keys = small(data, tmp_path / "out", **{"SOLVER.IMS_PER_BATCH": 3})
+    arguments = ["--config-file", QUICKSTART, "--num-gpus", "2", *keys]
     refuse(arguments, tmp_path / "out", "SOLVER.IMS_PER_BATCH is 3", "workers, 2")
 
 
@@ -327,12 +303,12 @@ def test_batch_that_workers_cannot_share_is_refused(data, tmp_path):
     ],
 )
 def test_name_that_detectron2_does_not_know_is_refused(data, tmp_path, key, registry):
-    options = data.options(tmp_path / "out", **{f"MODEL.{key}": "Nobody"})
-    refuse(["--config-file", QUICKSTART, *options], tmp_path / "out", "'Nobody'", f"'{registry}'")
+    keys = small(data, tmp_path / "out", **{f"MODEL.{key}": "Nobody"})
+    refuse(["--config-file", QUICKSTART, *keys], tmp_path / "out", "'Nobody'", f"'{registry}'")
 
 
 def test_key_without_value_is_refused(data, tmp_path):
-    arguments = ["--config-file", QUICKSTART, *data.options(tmp_path / "out"), "SEED"]
+    arguments = ["--config-file", QUICKSTART, *small(data, tmp_path / "out"), "SEED"]
     refuse(arguments, tmp_path / "out", "KEY VALUE", "SEED")
 
 
@@ -351,7 +327,7 @@ def test_key_without_value_is_refused(data, tmp_path):
 def test_bad_config_file_is_refused(data, tmp_path, content, mentioned):
     path = tmp_path / "config.yaml"
     path.write_text(content)
-    arguments = ["--config-file", str(path), *data.options(tmp_path / "out")]
+    arguments = ["--config-file", str(path), *small(data, tmp_path / "out")]
     refuse(arguments, tmp_path / "out", path, mentioned)
 
 
@@ -363,8 +339,8 @@ def test_command_prints_one_sentence_for_a_missing_config_file(tmp_path):
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_command_prints_one_sentence_for_an_unknown_loss(data, tmp_path, processes):
     key = "BALANCE__ROI_HEADS__CLASSIFICATION_LOSS"
-    options = data.options(tmp_path / "out", **{key: "FocalLos"})
-    check_printed(["--num-gpus", processes, *options], "'FocalLos'")
+    keys = small(data, tmp_path / "out", **{key: "FocalLos"})
+    check_printed(["--num-gpus", processes, *keys], "'FocalLos'")
     assert not (tmp_path / "out").exists()
 
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from detectron2.data import build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
+from runs import CLASSES, make_data, run_config
 from torch import nn
 
-from balanced_det.data import shapes
 from balanced_det.data.loader import TrainLoader
 from balanced_det.data.registration import load_detections
 from balanced_det.data.training_samplers import TRAINING_SAMPLERS
@@ -35,36 +35,15 @@ from balanced_det.engine.checkpoint import (
 from balanced_det.errors import InputError, NonFiniteError, printable
 
 ROOT = Path(__file__).parents[1]
-CLASSES = 6
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return shapes.generate(
-        tmp_path_factory.mktemp("data") / "shapes", classes=CLASSES, train=30, val=4, size=64
-    )
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
-def config(data, out, **overrides):
-    sets = [[str(p), str(p), str(data.image_root)] for p in (data.train_json, data.val_json)]
-    keys = {
-        "BALANCE__DATASETS": sets,
-        "DATASETS__TRAIN": (sets[0][0],),
-        "DATASETS__TEST": (sets[1][0],),
-        "DATALOADER__NUM_WORKERS": 0,
-        "INPUT__MIN_SIZE_TRAIN": (64,),
-        "INPUT__MIN_SIZE_TEST": 64,
-        "MODEL__DEVICE": "cpu",
-        "MODEL__FPN__OUT_CHANNELS": 16,
-        "MODEL__ROI_HEADS__NUM_CLASSES": CLASSES,
-        "MODEL__ROI_BOX_HEAD__FC_DIM": 32,
-        "SOLVER__IMS_PER_BATCH": 2,
-        "SOLVER__MAX_ITER": 2,
-        "SOLVER__STEPS": (),
-        "OUTPUT_DIR": str(out),
-        **overrides,
-    }
-    return load_config("configs/quickstart.yaml", **keys)
+def config(data, out, **changes):
+    return run_config(data, out, **{"SOLVER__MAX_ITER": 2, **changes})
 
 
 FREQUENCY = "roi_heads.box_predictor.criterion.classification_loss.tail.class_frequency"
@@ -152,17 +131,24 @@ def test_checkpoint_of_the_same_classes_in_another_order_is_refused(
     check_run(cfg, eval_only=eval_only)
 
 
-def test_detectron2s_own_retinanet_must_have_the_classes_of_the_data(data, tmp_path):
+def retinanet_config(data, out, **overrides):
     sets = str(data.train_json), str(data.val_json)
-    cfg = load_config(
+    return load_config(
         "configs/shapes/retinanet.yaml",
         BALANCE__DATASETS=[[p, p, str(data.image_root)] for p in sets],
         DATASETS__TRAIN=sets[:1],
         DATASETS__TEST=sets[1:],
-        MODEL__META_ARCHITECTURE="RetinaNet",
-        MODEL__RETINANET__NUM_CLASSES=CLASSES - 1,
-        OUTPUT_DIR=str(tmp_path / "out"),
+        OUTPUT_DIR=str(out),
+        **overrides,
     )
+
+
+def test_detectron2s_own_retinanet_must_have_the_classes_of_the_data(data, tmp_path):
+    keys = {
+        "MODEL__META_ARCHITECTURE": "RetinaNet",
+        "MODEL__RETINANET__NUM_CLASSES": CLASSES - 1,
+    }
+    cfg = retinanet_config(data, tmp_path / "out", **keys)
     with pytest.raises(InputError, match=f"MODEL.RETINANET.NUM_CLASSES is {CLASSES - 1}"):
         check_run(cfg)
 
@@ -590,8 +576,7 @@ def test_augmentation_at_test_time_is_served_as_detectron2_does(data, trained, t
 
 
 def test_augmentation_at_test_time_is_refused_where_detectron2_has_none(data, tmp_path):
-    cfg = config(data, tmp_path / "out", MODEL__META_ARCHITECTURE="BalancedRetinaNet")
-    cfg.TEST.AUG.ENABLED = True
+    cfg = retinanet_config(data, tmp_path / "out", TEST__AUG__ENABLED=True)
     with pytest.raises(InputError, match="TEST.AUG.ENABLED"):
         check_run(cfg)
 

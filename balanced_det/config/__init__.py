@@ -3,6 +3,6 @@
 from .command_line import parse_args
 from .keys import add_balanced_det_config
 from .loading import load_config
-from .ranges import check_ranges
+from .values import check_pairs, check_values
 
-__all__ = ["add_balanced_det_config", "check_ranges", "load_config", "parse_args"]
+__all__ = ["add_balanced_det_config", "check_pairs", "check_values", "load_config", "parse_args"]

@@ -15,7 +15,7 @@ from .files import Layer, read_layers
 from .imports import import_modules, resolve_imports
 from .keys import add_balanced_det_config, add_own_node, slot_keys
 from .lazy import is_lazy_file, load_lazy_config
-from .ranges import check_ranges
+from .values import check_values
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,8 @@ def merged(layers: list[Layer]) -> CfgNode:
 
 
 def checked(cfg: CfgNode) -> CfgNode:
-    """Check the ranges of a config's values, register its data sets, and return it."""
-    check_ranges(cfg)
+    """Check a config's values, register its data sets, and return it."""
+    check_values(cfg)
     if not torch.cuda.is_available() and cfg.MODEL.DEVICE == "cuda":
         logger.warning("No GPU is available: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"

@@ -71,6 +71,14 @@ def own_values(cfg: CfgNode) -> dict:
     return found
 
 
+def all_values(cfg: CfgNode) -> dict:
+    """Return {full name: value} of every key, Detectron2's too."""
+    found = {}
+    for name, node in cfg.items():
+        found.update(leaves(node, name) if isinstance(node, CfgNode) else {name: node})
+    return found
+
+
 def leaves(node: CfgNode, name: str) -> dict:
     """Return {full name: value} of every key below ``node``, which is no read of them."""
     found: dict[str, Any] = {}

@@ -1,5 +1,8 @@
 """What an image file must be, before anything reads its pixels. Needs no Detectron2."""
 
+import dataclasses
+import functools
+import io
 import os
 import stat
 import warnings
@@ -23,13 +26,24 @@ def upright_size(path: str | os.PathLike) -> tuple[int, int]:
         InputError: there is no such image, it cannot be read, has more than 8 bits a channel, or
             more pixels than Pillow takes for honest.
     """
-    width, height, orientation = _header(path)
-    return (height, width) if orientation >= 5 else (width, height)
+    header = _header(path)
+    width, height = header.size
+    is_upright = header.kind == "TIFF" and _pillow_and_tiff().size_is_upright
+    return (height, width) if header.orientation >= 5 and not is_upright else (width, height)
 
 
 def is_turned(path: str | os.PathLike) -> bool:
     """Return whether EXIF data turn or mirror an image; raises as :func:`upright_size`."""
-    return _header(path)[2] > 1
+    return _header(path).orientation > 1
+
+
+def is_turned_by_pillow(path: str | os.PathLike) -> bool:
+    """Return whether Pillow turns or mirrors an image by itself when it loads the pixels.
+
+    It does so with a TIFF, where whoever asked for the orientation before would turn it once more.
+    """
+    header = _header(path)
+    return header.orientation > 1 and header.kind == "TIFF" and _pillow_and_tiff().load_turns
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
@@ -47,8 +61,34 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         raise InputError(f"The image '{os.fspath(path)}' is broken: {reason}.") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    kind: str  # as Pillow calls the format
+    size: tuple[int, int]  # width, height, as Pillow has them before the pixels
+    orientation: int  # of the EXIF data, 1 to 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _PillowAndTiff:
+    size_is_upright: bool
+    load_turns: bool
+
+
+@functools.cache
+def _pillow_and_tiff() -> _PillowAndTiff:
+    """Return what this version of Pillow does with a turned TIFF."""
+    image, file = Image.new("L", (2, 1)), io.BytesIO()
+    exif = Image.Exif()
+    exif[_EXIF_ORIENTATION] = 6
+    image.save(file, "TIFF", exif=exif)
+    with Image.open(file) as opened:
+        before = opened.size
+        opened.load()
+        return _PillowAndTiff(before == (1, 2), opened.size == (1, 2))
+
+
 def _header(path):
-    """Return (width, height) as stored, and the EXIF orientation, 1 to 8."""
+    """Return what stands before an image's pixels."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise InputError(f"'{os.fspath(path)}' is no file, so it is no image.")
@@ -56,8 +96,8 @@ def _header(path):
             # Large is no error: that begins at twice the size.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                mode, (width, height) = image.mode, image.size
-                orientation = _orientation(image)
+                mode = image.mode
+                header = _Header(image.format or "", image.size, _orientation(image))
     except InputError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on broken bytes
@@ -70,7 +110,7 @@ def _header(path):
             f"The image '{os.fspath(path)}' has more than 8 bits a channel (Pillow's mode {mode}), "
             "which RGB would clip: scale it to 8 bits first."
         )
-    return width, height, orientation
+    return header
 
 
 def _orientation(image):

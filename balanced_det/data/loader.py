@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Sized
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ..errors import InputError, printable
 from ..seeds import derived_seed, seeded
-from .images import is_turned
+from .images import is_turned, is_turned_by_pillow
 from .training_samplers import build_training_sampler
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,11 @@ class NamingMapper:
             raise InputError(
                 f"'{path}' is turned by its EXIF data, which the installed Detectron2 ignores, so "
                 "boxes would lie elsewhere: run tools/restore_detectron2.py on it."
+            )
+        if is_turned_by_pillow(path):
+            raise InputError(
+                f"'{path}' is a TIFF that its EXIF data turn, which Pillow does, and Detectron2 "
+                "then does again, so boxes would lie elsewhere: save it upright."
             )
         try:
             return self.mapper(record)
@@ -229,7 +234,10 @@ def _named_sampler(cfg, records):
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
     """Return Detectron2's loader of a test set, with broken images named."""
     mapper = _Catching(NamingMapper(DatasetMapper(cfg, False)))
-    return TestLoader(detectron2_test_loader(cfg, dataset_name, mapper=mapper), dataset_name)
+    loader = detectron2_test_loader(
+        cfg, dataset_name, mapper=mapper, batch_size=cfg.TEST.IMS_PER_BATCH
+    )
+    return TestLoader(loader, dataset_name)
 
 
 class TestLoader:
@@ -245,7 +253,7 @@ class TestLoader:
 
     __test__ = False  # for pytest
 
-    def __init__(self, loader: torch.utils.data.DataLoader, name: str):
+    def __init__(self, loader: Any, name: str):
         self.loader = loader
         self.name = name
 

@@ -13,6 +13,7 @@ reader, which tells what is wrong with a file in a sentence.
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import compress
@@ -210,44 +211,40 @@ def check_num_classes(cfg, k, key, names=None):
 
     Raises:
         InputError: a data set has another number of classes, or classes other than the training
-            set's, see :func:`check_same_classes`.
+            set's, see :func:`check_same_classes`; a training set that cannot be read, as an
+            evaluation may have none, is not compared.
     """
     for name in cfg.DATASETS.TRAIN or cfg.DATASETS.TEST if names is None else names:
         found = len(_class_names(name))
         if found != k:
             raise InputError(f"{key} is {k}, but data set '{name}' has {found} classes.")
-        check_same_classes(cfg, name)
+        for trained in filter(_can_be_read, cfg.DATASETS.TRAIN):
+            check_same_classes([trained, name])
 
 
-def check_same_classes(cfg, name):
-    """Check that each class of a data set is the training set's class of the same number.
+def check_same_classes(names: Sequence[str]) -> None:
+    """Check that each class of several data sets is the first's class of the same number.
 
     A model knows classes by number: class c is the c-th category by id. The same names under ids of
-    another order would be taken for each other without an error. Where the training set cannot be
-    read, as an evaluation may have none, nothing is compared.
+    another order would be taken for each other without an error.
 
     Args:
-        cfg: a configuration whose data sets are registered.
-        name: the data set.
+        names: of registered data sets; of one or none there is nothing to compare.
 
     Raises:
         InputError: the classes differ; the first one is named.
     """
-    classes = _file_classes(name)
-    for trained in cfg.DATASETS.TRAIN:
-        try:
-            expected = _file_classes(trained)
-        except InputError:
-            continue
+    for name in names[1:]:
+        expected, found = _file_classes(names[0]), _file_classes(name)
         # Some of Detectron2's own names for classes are not the file's; either will do.
-        if expected == classes or list(_class_names(trained)) == list(_class_names(name)):
+        if expected == found or list(_class_names(names[0])) == list(_class_names(name)):
             continue
-        differing = (i for i, pair in enumerate(zip(expected, classes)) if pair[0] != pair[1])
-        first = next(differing, min(len(expected), len(classes)))
+        differing = (i for i, pair in enumerate(zip(expected, found)) if pair[0] != pair[1])
+        first = next(differing, min(len(expected), len(found)))
         raise InputError(
-            f"Data sets '{trained}' and '{name}' differ in their classes: class {first}, counted "
+            f"Data sets '{names[0]}' and '{name}' differ in their classes: class {first}, counted "
             f"from 0 in the order of category ids, is {_class_text(expected, first)} in the first "
-            f"and {_class_text(classes, first)} in the second."
+            f"and {_class_text(found, first)} in the second."
         )
 
 
@@ -388,12 +385,16 @@ def _class_text(classes, index):
     return f"'{classes[index]}'" if index < len(classes) else "absent"
 
 
+def _can_be_read(name):
+    try:
+        return bool(_class_names(name))
+    except InputError:
+        return False
+
+
 def _common_classes(names):
-    classes = _class_names(names[0])
-    for name in names[1:]:
-        if _class_names(name) != classes:
-            raise InputError(f"Data sets '{names[0]}' and '{name}' differ in their classes.")
-    return classes
+    check_same_classes(names)
+    return _class_names(names[0])
 
 
 @lru_cache(maxsize=8)

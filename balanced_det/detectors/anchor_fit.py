@@ -16,9 +16,11 @@ from detectron2.structures import Boxes, BoxMode, pairwise_iou
 
 from ..data.statistics import objects
 from ..errors import InputError
+from .counting import cells
 
 IOU_BINS = 10  # of background anchors, from 0 to 0.5
 MISSED_IOU = 0.5
+_DIVISOR = 32  # images are padded to a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,10 @@ def fit_anchors(cfg: CfgNode, dataset_dicts: Iterable[dict]) -> AnchorFit:
     histogram = torch.zeros(IOU_BINS)
     for record in dataset_dicts:
         boxes, height, width = _resized(cfg, record)
-        features = [torch.empty(1, 0, _cells(height, s), _cells(width, s)) for s in strides]
+        features = [
+            torch.empty(1, 0, cells(height, _DIVISOR, s), cells(width, _DIVISOR, s))
+            for s in strides
+        ]
         anchors = Boxes.cat(generator(features))
         ious = pairwise_iou(boxes, anchors)  # (objects, anchors)
         _, labels = matcher(ious)
@@ -114,8 +119,3 @@ def _resized(cfg: CfgNode, record: dict[str, Any]) -> tuple[Boxes, int, int]:
     boxes = torch.tensor(corners, dtype=torch.float32).reshape(-1, 4)
     scale = torch.tensor([width / record["width"], height / record["height"]]).repeat(2)
     return Boxes(boxes * scale), height, width
-
-
-def _cells(size: int, stride: int) -> int:
-    """Cells along one side of an image that is padded to a multiple of 32."""
-    return -(-(-(-size // 32) * 32) // stride)

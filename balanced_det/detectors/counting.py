@@ -53,20 +53,20 @@ class RowCounts:
 
 
 def count_rows(
-    part: Any,
+    labeller: Any,
     backbone: Backbone,
     cfg: CfgNode,
     dataset_dicts: Iterable[dict],
     population: Sequence[dict] | None = None,
 ) -> RowCounts:
-    """Count the rows of one part of a detector over data set dicts.
+    """Count the rows that a detector or its RPN labels, over data set dicts.
 
     Images are resized and boxes transformed as the training's ``DatasetMapper`` does; each image is
     padded alone, so rows that only exist because a batch is padded to its largest image are not
     counted.
 
     Args:
-        part: what labels rows: has ``num_classes``, ``label_rows(features, [instances])`` and
+        labeller: what labels rows: has ``num_classes``, ``label_rows(features, [instances])`` and
             ``row_features``, the names of the backbone's feature maps.
         backbone: Detectron2 ``Backbone``; only its strides are used.
         cfg: the config, for the input resizing.
@@ -77,25 +77,21 @@ def count_rows(
     Returns:
         :class:`RowCounts`.
     """
-    strides = [backbone.output_shape()[name].stride for name in part.row_features]
+    strides = [backbone.output_shape()[name].stride for name in labeller.row_features]
     augmentations = T.AugmentationList(training_augmentations(cfg))
     device = next(backbone.parameters()).device
-    counts = []  # (foreground, rows, objects) an image
+    of_images = []  # (foreground, rows, objects) of each
     for record in dataset_dicts:
         instances = _resized_instances(record, augmentations).to(device)
         height, width = instances.image_size
         divisor = max(backbone.size_divisibility, 1)
-        features = [
-            torch.empty(
-                1, 0, _levels(height, divisor, s), _levels(width, divisor, s), device=device
-            )
-            for s in strides
-        ]
-        labels = part.label_rows(features, [instances])  # (1, R)
-        num_foreground = foreground(labels, part.num_classes).sum().item()
+        sizes = [(cells(height, divisor, s), cells(width, divisor, s)) for s in strides]
+        features = [torch.empty(1, 0, *size, device=device) for size in sizes]
+        labels = labeller.label_rows(features, [instances])  # (1, R)
+        num_foreground = foreground(labels, labeller.num_classes).sum().item()
         num_objects = len(objects(record["annotations"]))
-        counts.append((num_foreground, (labels >= 0).sum().item(), num_objects))
-    return _summarize(np.asarray(counts, dtype=np.int64).reshape(-1, 3), population)
+        of_images.append((num_foreground, (labels >= 0).sum().item(), num_objects))
+    return _summarize(np.asarray(of_images, dtype=np.int64).reshape(-1, 3), population)
 
 
 def fit_to_training_data(model: nn.Module, cfg: CfgNode) -> None:
@@ -105,23 +101,23 @@ def fit_to_training_data(model: nn.Module, cfg: CfgNode) -> None:
     is saved with the model.
     """
     if isinstance(model, GeneralizedRCNN):
-        name, part = "RPN", model.proposal_generator
+        name, labeller = "RPN", model.proposal_generator
     else:
-        name, part = "DENSE", model
+        name, labeller = "DENSE", model
     sets_prior = cfg.BALANCE[name].OPTIMAL_PRIOR
     # The region heads count their thresholds while they train: proposals come from the network.
-    threshold: Any = getattr(part, "score_threshold", None)
+    threshold: Any = getattr(labeller, "score_threshold", None)
     sets_threshold = threshold is not None and threshold.counts
     if not sets_prior and not sets_threshold:
         return
-    if not hasattr(part, "label_rows"):
+    if not hasattr(labeller, "label_rows"):
         raise InputError(
-            f"BALANCE.{name}.OPTIMAL_PRIOR is set, but {type(part).__name__} does not read "
-            f"BALANCE; use Balanced{type(part).__name__}."
+            f"BALANCE.{name}.OPTIMAL_PRIOR is set, but {type(labeller).__name__} does not read "
+            f"BALANCE; use Balanced{type(labeller).__name__}."
         )
-    counts = _counted_once(part, model.backbone, cfg)
-    part.criterion.rows_are_counted = True
-    prior = optimal_prior(counts.num_foreground, counts.num_rows, part.num_classes)
+    counts = _counted_once(labeller, model.backbone, cfg)
+    labeller.criterion.rows_are_counted = True
+    prior = optimal_prior(counts.num_foreground, counts.num_rows, labeller.num_classes)
     logger.info(
         "BALANCE.%s: %d of %d rows are foreground (%d images, standard error %.1f%%); "
         "the optimal prior is %.4g.",
@@ -133,17 +129,17 @@ def fit_to_training_data(model: nn.Module, cfg: CfgNode) -> None:
         prior,
     )
     if sets_prior:
-        part.set_prior(prior)
+        labeller.set_prior(prior)
     if sets_threshold:
         threshold.set_row_counts(counts.num_foreground, counts.num_rows)
 
 
-def _counted_once(part: Any, backbone: Backbone, cfg: CfgNode) -> RowCounts:
+def _counted_once(labeller: Any, backbone: Backbone, cfg: CfgNode) -> RowCounts:
     """Count on the main process; what it cannot count is an error on all of them."""
     counts = error = None
     if comm.is_main_process():
         try:
-            counts = _counted(part, backbone, cfg)
+            counts = _counted(labeller, backbone, cfg)
         except InputError as caught:
             error = str(caught)
     counts, error = comm.all_gather((counts, error))[0]
@@ -152,7 +148,7 @@ def _counted_once(part: Any, backbone: Backbone, cfg: CfgNode) -> RowCounts:
     return counts
 
 
-def _counted(part: Any, backbone: Backbone, cfg: CfgNode) -> RowCounts:
+def _counted(labeller: Any, backbone: Backbone, cfg: CfgNode) -> RowCounts:
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -167,7 +163,7 @@ def _counted(part: Any, backbone: Backbone, cfg: CfgNode) -> RowCounts:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             records = tqdm([dicts[i] for i in chosen], desc="Counting rows", unit="images")
-            counts = count_rows(part, backbone, cfg, records, dicts)
+            counts = count_rows(labeller, backbone, cfg, records, dicts)
     finally:
         np.random.set_state(state)
     if counts.num_foreground == 0:
@@ -199,30 +195,32 @@ def _resized_instances(record: dict[str, Any], augmentations: T.AugmentationList
     return utils.filter_empty_instances(utils.annotations_to_instances(annotations, size))
 
 
-def _levels(size: int, divisor: int, stride: int) -> int:
+def cells(size: int, divisor: int, stride: int) -> int:
     """Return the cells of a feature map along one axis of an image padded to a multiple."""
     return math.ceil(math.ceil(size / divisor) * divisor / stride)
 
 
-def _summarize(counts: np.ndarray, population: Sequence[dict] | None) -> RowCounts:
+def _summarize(of_images: np.ndarray, population: Sequence[dict] | None) -> RowCounts:
     """Estimate the counts of a population; without one, sum the (M, 3) counts of M images.
 
     Foreground rows vary between images mostly with their objects, and the objects of all images are
     known. A ratio estimator (Cochran, Sampling Techniques, chapter 6) uses that: it is off by a
     third as much as the sample's own sum.
     """
-    totals = counts.sum(axis=0)
+    totals = of_images.sum(axis=0)
     num_foreground, num_rows, num_objects = (int(n) for n in totals)
     error = math.inf
-    if len(counts) > 1 and num_foreground:
-        shares = counts / totals  # (M, 3), of each image in the sums
+    if len(of_images) > 1 and num_foreground:
+        shares = of_images / totals  # (M, 3), of each image in the sums
         residual = shares[:, 0] - shares[:, 1]
         unseen = 1.0
         if population is not None:
             residual -= shares[:, 2]
-            unseen -= len(counts) / len(population)
+            unseen -= len(of_images) / len(population)
             all_objects = sum(len(objects(record["annotations"])) for record in population)
             objects_an_image = all_objects / len(population)
-            num_foreground = round(num_foreground * objects_an_image / (num_objects / len(counts)))
-        error = math.sqrt(unseen * len(counts) * residual.var(ddof=1))
-    return RowCounts(num_foreground, num_rows, len(counts), error)
+            num_foreground = round(
+                num_foreground * objects_an_image / (num_objects / len(of_images))
+            )
+        error = math.sqrt(unseen * len(of_images) * residual.var(ddof=1))
+    return RowCounts(num_foreground, num_rows, len(of_images), error)

@@ -21,9 +21,9 @@ from ..losses.base import normalize
 from ..selection import Rows, Selection
 from . import replaced
 from .dense import BalancedDenseDetector, balance_arguments
+from .last_layer import replace_classifier
 from .matching import Objects, match_points
 from .replaced import refuse_replaced
-from .wide_conv import replace_classifier
 
 
 @META_ARCH_REGISTRY.register()

@@ -27,6 +27,7 @@ that is not finite; here it counts all.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -34,6 +35,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..criterion import BoxTransform, Criterion
 from ..ops.nms import nms_mask
 from ..rows import level_rows, on_device
 from .proposals import clip
@@ -113,11 +115,11 @@ def region_detections(
         boxes = box2box_transform.apply_deltas(own.flatten(0, 1), sources[at].flatten(0, 1))
         boxes = clip(boxes.view_as(own), image_sizes)
         kept, position = _suppress(boxes, best, classes, num_classes, nms_threshold, wanted)
-        found = (kept >= 0).sum(dim=1)
+        counts = (kept >= 0).sum(dim=1)
         # All that pass the threshold were candidates, or enough of the candidates survived.
-        enough = (best[:, -1:] < 0).all(dim=1) | (found >= wanted)
-        *found, enough = torch.cat([found, enough.all()[None]]).tolist()
-        if enough or num_candidates >= total:
+        enough = (best[:, -1:] < 0).all(dim=1) | (counts >= wanted)
+        *found, all_enough = torch.cat([counts, enough.all()[None]]).tolist()
+        if all_enough or num_candidates >= total:
             rows = _cut(row.gather(1, position), found)
             return _instances(image_sizes, found, boxes, kept, classes, position), rows
         num_candidates *= _GROWTH
@@ -128,7 +130,7 @@ def dense_detections(
     logits: Sequence[Tensor],
     deltas: Sequence[Tensor],
     image_sizes: Sequence[tuple[int, int]],
-    criterion: torch.nn.Module,
+    criterion: Criterion,
     box2box_transform: Box2BoxTransform,
     *,
     score_threshold: float | Tensor,
@@ -172,14 +174,21 @@ def dense_detections(
         kept, position = _suppress(
             boxes, scores, classes, criterion.num_classes, nms_threshold, detections_per_image
         )
-        found = (kept >= 0).sum(dim=1)
-        *found, has_nan = torch.cat([found, has_nan[None]]).tolist()
-        if not has_nan:
+        counts = (kept >= 0).sum(dim=1)
+        *found, any_nan = torch.cat([counts, has_nan[None]]).tolist()
+        if not any_nan:
             return _instances(image_sizes, found, boxes, kept, classes, position)
         by_logits = False  # A maximum over numbers of which one is NaN says nothing of the others.
 
 
-def traced_dense_detections(detector, anchors, logits, deltas, centerness, image_sizes):
+def traced_dense_detections(
+    detector: Any,
+    anchors: Sequence[Boxes],
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    centerness: Sequence[Tensor] | None,
+    image_sizes: Sequence[tuple[int, int]],
+) -> list[Instances]:
     """Return what :func:`dense_detections` does as Detectron2 finds it, an image at a time.
 
     A trace may see other images than it was made of; the other asks how many candidates survive.
@@ -200,7 +209,15 @@ def traced_dense_detections(detector, anchors, logits, deltas, centerness, image
     ]
 
 
-def _dense_candidates(logits, centerness, sizes, criterion, threshold, k, by_logits):
+def _dense_candidates(
+    logits: Sequence[Tensor],
+    centerness: Sequence[Tensor] | None,
+    sizes: Sequence[int],
+    criterion: Criterion,
+    threshold: float | Tensor,
+    k: int,
+    by_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the best k pairs of an anchor and a class of each of L levels, if they pass.
 
     All levels go through each step together.
@@ -217,7 +234,7 @@ def _dense_candidates(logits, centerness, sizes, criterion, threshold, k, by_log
     """
     outputs = criterion.num_logits
 
-    def passing(logits, centerness, exists=True):
+    def passing(logits: Tensor, centerness: Tensor | None, exists: Tensor | bool = True) -> Tensor:
         scores = _scores(criterion, logits, centerness)
         return scores.where((scores > threshold) & exists, ABSENT)
 
@@ -225,16 +242,16 @@ def _dense_candidates(logits, centerness, sizes, criterion, threshold, k, by_log
     centers = None if centerness is None else _padded([level_rows(x, 1) for x in centerness], sizes)
     if by_logits:
         # Over the classes as the head left them: in the order of rows the reads would be apart.
-        best = [x.unflatten(1, (-1, outputs)).amax(dim=2) for x in logits]  # (N, A, H, W) each
-        best = _padded([level_rows(x, 1) for x in best], sizes)
+        of_levels = [x.unflatten(1, (-1, outputs)).amax(dim=2) for x in logits]  # (N, A, H, W)
+        best = _padded([level_rows(x, 1) for x in of_levels], sizes)
         best = _scores(criterion, best, centers).squeeze(-1)
     else:
-        best = []
+        of_levels = []
         for index, level in enumerate(logits):
             center = None if centerness is None else level_rows(centerness[index], 1)
             scores = passing(level_rows(level, outputs), center)
-            best.append(scores.amax(dim=-1, keepdim=True))
-        best = _padded(best, sizes).squeeze(-1)
+            of_levels.append(scores.amax(dim=-1, keepdim=True))
+        best = _padded(of_levels, sizes).squeeze(-1)
     size = on_device(sizes, best.new_empty(0, dtype=torch.long))[:, None]  # (L, 1)
     exists = torch.arange(best.shape[2], device=best.device) < size  # (L, R)
     best = best.where(exists, ABSENT)  # (N, L, R)
@@ -248,13 +265,13 @@ def _dense_candidates(logits, centerness, sizes, criterion, threshold, k, by_log
     pairs = torch.stack(_picked(logits, row, outputs), dim=1)  # (N, L, k, C)
     centers = None if centers is None else centers.gather(2, row[..., None])
     pairs = passing(pairs, centers, exists[..., None])  # (N, L, k, K)
-    scores, index = stable_topk(pairs.flatten(0, 1).flatten(1), min(k, pairs[0, 0].numel()))
-    scores, index = (x.view(*row.shape[:2], -1) for x in (scores, index))
+    scores, pair = stable_topk(pairs.flatten(0, 1).flatten(1), min(k, pairs[0, 0].numel()))
+    scores, pair = (x.view(*row.shape[:2], -1) for x in (scores, pair))
     num_classes = pairs.shape[3]
-    return row.gather(2, index // num_classes), scores, index % num_classes, best.isnan().any()
+    return row.gather(2, pair // num_classes), scores, pair % num_classes, best.isnan().any()
 
 
-def _padded(levels, sizes):
+def _padded(levels: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """Return levels (N, H, W, A, C) in one table (N, L, R, C), R anchors of the largest.
 
     What a smaller level lacks is zero.
@@ -266,7 +283,7 @@ def _padded(levels, sizes):
     return table
 
 
-def _picked(levels, row, channels):
+def _picked(levels: Sequence[Tensor], row: Tensor, channels: int) -> list[Tensor]:
     """Return what a head says of some anchors of each level.
 
     Args:
@@ -285,20 +302,20 @@ def _picked(levels, row, channels):
     ]
 
 
-def _begins(sizes, like):
+def _begins(sizes: Sequence[int], like: Tensor) -> Tensor:
     """Return (len(sizes), 1) long: where each part begins when they stand one after the other."""
     begins = [0, *itertools.accumulate(sizes[:-1])]
     return on_device(begins, like.new_empty(0, dtype=torch.long))[:, None]
 
 
-def _scores(criterion, logits, centerness):
+def _scores(criterion: Criterion, logits: Tensor, centerness: Tensor | None) -> Tensor:
     scores = criterion.scores(logits)
     if centerness is None:
         return scores
     return (scores * centerness.float().sigmoid()).sqrt()
 
 
-def _finite_scores(scores):
+def _finite_scores(scores: Tensor) -> Tensor:
     """Say of each row of (R, K) whether all its scores are finite; extremes pass NaN on."""
     if scores.numel() == 0:
         return torch.ones(len(scores), dtype=torch.bool, device=scores.device)
@@ -306,7 +323,7 @@ def _finite_scores(scores):
     return lowest.isfinite() & highest.isfinite()
 
 
-def _finite_boxes(deltas, sources, transform):
+def _finite_boxes(deltas: Tensor, sources: Tensor, transform: BoxTransform) -> Tensor:
     """Say of each row whether the boxes of all its classes are finite, by two of them.
 
     A corner is centre -+ size / 2; centre and size rise with their deltas. If the largest size
@@ -324,7 +341,14 @@ def _finite_boxes(deltas, sources, transform):
     return torch.cat(list(boxes), dim=1).isfinite().all(dim=1)
 
 
-def _suppress(boxes, scores, classes, num_classes, nms_threshold, wanted):
+def _suppress(
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    num_classes: int,
+    nms_threshold: float,
+    wanted: int,
+) -> tuple[Tensor, Tensor]:
     """Return the best detections that NMS leaves of an image's candidates.
 
     Args:
@@ -347,7 +371,14 @@ def _suppress(boxes, scores, classes, num_classes, nms_threshold, wanted):
     return stable_topk(scores.where(kept.view_as(scores), ABSENT), min(wanted, count))
 
 
-def _instances(image_sizes, found, boxes, scores, classes, position):
+def _instances(
+    image_sizes: Sequence[tuple[int, int]],
+    found: Sequence[int],
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    position: Tensor,
+) -> list[Instances]:
     """Return the ``Instances`` of each image, of the first ``found`` detections in its line."""
     boxes = boxes.gather(1, position[..., None].expand(-1, -1, 4))
     fields = zip(
@@ -362,6 +393,6 @@ def _instances(image_sizes, found, boxes, scores, classes, position):
     ]
 
 
-def _cut(lines, lengths):
+def _cut(lines: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     # Not by iterating, whose views may not be changed in place where there are gradients.
     return [lines[index, :length] for index, length in enumerate(lengths)]

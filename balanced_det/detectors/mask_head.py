@@ -6,11 +6,16 @@ row. Loss, gradients and predictions are Detectron2's to rounding.
 Letters: N images, F rows, S the side of a mask, C channels.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from detectron2.modeling.roi_heads.mask_head import (
     ROI_MASK_HEAD_REGISTRY,
     MaskRCNNConvUpsampleHead,
 )
+from detectron2.structures import Instances
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..rows import without_waiting
@@ -24,7 +29,7 @@ class BalancedMaskHead(MaskRCNNConvUpsampleHead):
     Its weights have the same names and shapes.
     """
 
-    def forward(self, x, instances):
+    def forward(self, x: Tensor, instances: list[Instances]) -> Any:
         """Return ``{"loss_mask"}`` in training, else the instances with ``pred_masks``.
 
         Args:
@@ -43,7 +48,7 @@ class BalancedMaskHead(MaskRCNNConvUpsampleHead):
             p.pred_masks = of_image  # (Fi, 1, S, S)
         return instances
 
-    def _logits(self, x, classes):
+    def _logits(self, x: Tensor, classes: Tensor) -> Tensor:
         """Return the mask logits (F, S, S) of each row's class."""
         *layers, predictor = self
         for layer in layers:
@@ -55,7 +60,7 @@ class BalancedMaskHead(MaskRCNNConvUpsampleHead):
         return (logits + predictor.bias[classes].unsqueeze(1)).unflatten(1, x.shape[2:])
 
 
-def mask_loss(logits, instances, vis_period=0):
+def mask_loss(logits: Tensor, instances: Sequence[Instances], vis_period: int = 0) -> Tensor:
     """Return the mean binary cross entropy of masks (Mask R-CNN, arXiv 1703.06870, section 3).
 
     Args:
@@ -64,13 +69,13 @@ def mask_loss(logits, instances, vis_period=0):
             ``gt_masks`` that can be cropped.
         vis_period: every so many iterations the masks are put into the event storage; 0 never.
     """
-    targets = [
+    of_images = [
         p.gt_masks.crop_and_resize(p.proposal_boxes.tensor, logits.shape[-1])
         for p in instances
         if len(p)
     ]
-    if not targets:
+    if not of_images:
         return logits.sum() * 0
-    targets = without_waiting(torch.cat(targets), logits.device)
+    targets = without_waiting(torch.cat(of_images), logits.device)
     log_masks(logits.detach(), targets, vis_period)
     return F.binary_cross_entropy_with_logits(logits.float(), targets.float())

@@ -8,10 +8,13 @@ device, and only the text leaves it. It is the same, byte for byte.
 
 ``model(inputs)`` stays Detectron2's, with full-size ``pred_masks``. Who evaluates wraps the model
 in :class:`MasksAsRLE` and gets ``pred_masks_rle`` in their place.
+
+Letters: D detections with masks of M x M, H x W pixels of the image; T strips, L runs.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +38,7 @@ class RunLengths(list):
     A list that a mask or a vector of indices picks from, as from the tensors in an ``Instances``.
     """
 
-    def __getitem__(self, item):
+    def __getitem__(self, item: Any) -> Any:
         """Return one for a number; for a slice, (D,) bool or integers, those in a new list."""
         if isinstance(item, Tensor) and item.dim():
             rows = item.nonzero().squeeze(1) if item.dtype == torch.bool else item
@@ -63,7 +66,7 @@ class MasksAsRLE(nn.Module):
         Instead of ``pred_masks`` (D, H, W) an ``Instances`` has ``pred_masks_rle``, D
         :class:`RunLengths`.
         """
-        model = getattr(self.model, "module", self.model)
+        model: Any = getattr(self.model, "module", self.model)
         if not isinstance(model, GeneralizedRCNN):
             return self.model(batched_inputs)
         if self.training or not getattr(model.roi_heads, "mask_on", False):
@@ -123,7 +126,7 @@ def masks_to_rle(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> l
     return [{"size": [height, width], "counts": text} for text in texts]
 
 
-def _tiles(masks, boxes, height, width):
+def _tiles(masks: Tensor, boxes: Tensor, height: int, width: int) -> np.ndarray:
     """Cut the boxes' pixels into upright strips of at most ``_PIXELS``, a row around included.
 
     Returns:
@@ -149,7 +152,7 @@ def _tiles(masks, boxes, height, width):
     return tiles[np.argsort(-tiles[:, 3] * tiles[:, 4], kind="stable")]
 
 
-def _chunks(tiles, device) -> Iterator[slice]:
+def _chunks(tiles: np.ndarray, device: torch.device) -> Iterator[slice]:
     """Yield which tiles to sample together: as many as fit, each widened to the largest of them.
 
     On a CPU that is one, since nothing is gained by more.
@@ -165,7 +168,7 @@ def _chunks(tiles, device) -> Iterator[slice]:
         start = end
 
 
-def _changes(masks, boxes, tiles, height, width):
+def _changes(masks: Tensor, boxes: Tensor, tiles: np.ndarray, height: int, width: int) -> Tensor:
     """Return where the columns of some tiles change between outside and inside.
 
     Returns:
@@ -195,7 +198,9 @@ def _changes(masks, boxes, tiles, height, width):
     return first[tile] + column * height + row
 
 
-def _run_lengths(changes, count, size, device):
+def _run_lengths(
+    changes: Sequence[Tensor], count: int, size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return the runs of zeros and ones in turn, of each of ``count`` masks, the first of zeros.
 
     Args:
@@ -219,11 +224,11 @@ def _run_lengths(changes, count, size, device):
     return owner, position - begins
 
 
-def _is_first(owner):
+def _is_first(owner: Tensor) -> Tensor:
     return F.pad(owner[1:] != owner[:-1], (1, 0), value=True)
 
 
-def _texts(owner, runs, count):
+def _texts(owner: Tensor, runs: Tensor, count: int) -> list[bytes]:
     """Return the runs of ``count`` masks as pycocotools writes them; see ``data/run_lengths.py``.
 
     Args:
@@ -241,9 +246,9 @@ def _texts(owner, runs, count):
     needed = 1 + (size[:, None] >> (shifts[1:] - 1) > 0).sum(dim=1)  # (L,)
     follows = shifts < 5 * (needed[:, None] - 1)  # (L, 7)
     groups = (numbers[:, None] >> shifts & 31) + 32 * follows + 48
-    text = groups[shifts < 5 * needed[:, None]].to(torch.uint8)
+    characters = groups[shifts < 5 * needed[:, None]].to(torch.uint8)
     lengths = torch.zeros(count, dtype=torch.long, device=runs.device).index_add_(0, owner, needed)
-    data = torch.cat([lengths.view(torch.uint8), text]).cpu().numpy()  # one copy
+    data = torch.cat([lengths.view(torch.uint8), characters]).cpu().numpy()  # one copy
     ends = data[: 8 * count].view(np.int64).cumsum().tolist()
     text = data[8 * count :].tobytes()
     return [text[start:end] for start, end in itertools.pairwise([0, *ends])]

@@ -17,9 +17,9 @@ from ..criterion import Criterion
 from ..selection import Rows
 from . import replaced
 from .dense import BalancedDenseDetector, balance_arguments
+from .last_layer import replace_classifier
 from .matching import Objects, match
 from .replaced import refuse_replaced, without
-from .wide_conv import replace_classifier
 
 _REPLACED_KEYS = {
     "MODEL.RETINANET.FOCAL_LOSS_ALPHA": (0.25, "BALANCE.FocalLoss.ALPHA"),

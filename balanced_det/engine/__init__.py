@@ -8,6 +8,7 @@ from .launch import is_first_process, num_processes, start
 from .lazy import LazyTrainer, trainer_of
 from .output import locked, remove_checkpoints
 from .preflight import check_run
+from .sentence import in_a_sentence
 from .trainer import Trainer, print_results, train_only
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Trainer",
     "check_model_classes",
     "check_run",
+    "in_a_sentence",
     "is_first_process",
     "load_config",
     "load_trained",

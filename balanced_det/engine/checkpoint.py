@@ -298,15 +298,12 @@ def build_checkpointer(
         names: the data sets whose classes the model has.
         counted: the model has statistics of its data, which ``BALANCE.STATISTICS`` may keep.
     """
-    keep = cfg.BALANCE.STATISTICS
-    if keep not in ("data", "checkpoint"):
-        raise InputError(f"BALANCE.STATISTICS is {keep!r}; known are: data, checkpoint.")
     return Checkpointer(
         model,
         cfg.OUTPUT_DIR,
         classes=next(map(dataset_classes, names), None),
         other_classes=cfg.BALANCE.OTHER_CLASSES,
-        keep_statistics=counted and keep == "data",
+        keep_statistics=counted and cfg.BALANCE.STATISTICS == "data",
         trusted=cfg.BALANCE.TRUSTED_WEIGHTS,
         # A Python config is code, which no checkpoint carries.
         config=cfg.dump() if lazy_config(cfg) is None else None,

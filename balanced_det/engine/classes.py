@@ -25,16 +25,6 @@ def check_model_classes(cfg: CfgNode, names: Iterable[str]):
         check_num_classes(cfg, cfg.MODEL[node].NUM_CLASSES, f"MODEL.{node}.NUM_CLASSES", names)
 
 
-def check_same_classes(names: Iterable[str]):
-    """Refuse data sets that do not have the same classes in the same order of ids."""
-    all_classes = [(name, dataset_classes(name)) for name in names]
-    for name, classes in all_classes[1:]:
-        first, of_first = all_classes[0]
-        difference = _difference(classes["names"], of_first["names"])
-        if difference:
-            raise InputError(f"Data sets '{name}' and '{first}' differ: {difference}.")
-
-
 def dataset_classes(name: str) -> dict:
     """Return the classes of a registered data set: {"names": K texts, "ids": K numbers}.
 

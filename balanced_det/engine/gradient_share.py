@@ -7,7 +7,7 @@ import torch
 from detectron2.engine import HookBase
 from torch import Tensor
 
-from ..criterion import Criterion
+from ..criterion import criteria
 from ..data.annotations import GROUPS
 from ..distributed import sum_over_workers
 
@@ -36,30 +36,27 @@ class LogGradientShare(HookBase):
         """Watch the logits of the steps that are looked at."""
         if (self.trainer.iter + 1) % self.period and self.trainer.iter + 1 < self.trainer.max_iter:
             return
-        for name, module in self.trainer.model.named_modules():
-            if not isinstance(module, Criterion) or "proposal_generator" in name:
+        for name, criterion in criteria(self.trainer.model):
+            if "proposal_generator" in name or criterion.num_classes != len(self.groups):
                 continue  # a proposal has no class
-            if module.num_classes != len(self.groups):
-                continue
-            part = name.removeprefix("module.").rpartition(".")[0] or "dense"
             device = next(self.trainer.model.parameters()).device
-            self._sums[part] = torch.zeros(module.num_classes, device=device)
-            watch = functools.partial(self._watch, self._sums[part])
-            self._handles.append(module.classification_loss.register_forward_pre_hook(watch))
+            self._sums[name] = torch.zeros(criterion.num_classes, device=device)
+            watch = functools.partial(self._watch, self._sums[name])
+            self._handles.append(criterion.classification_loss.register_forward_pre_hook(watch))
 
     def after_step(self):
         """Log what was seen, and watch no more."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for part, sums in self._sums.items():
+        for owner, sums in self._sums.items():
             sums = sum_over_workers(sums).tolist()
             total = sum(sums)
             if not 0 < total < float("inf"):
                 continue  # no row took part, or a gradient overflowed
             for group in GROUPS:
                 share = sum(s for s, g in zip(sums, self.groups, strict=True) if g == group)
-                name = f"{part}/{NAME}_{group}"
+                name = f"{owner}/{NAME}_{group}"
                 self.trainer.storage.put_scalar(name, share / total, smoothing_hint=False)
         self._sums = {}
 

@@ -3,7 +3,7 @@
 import torch
 from detectron2.engine import HookBase, hooks
 
-from ..criterion import Criterion
+from ..criterion import criteria
 from .checkpoint import statistics_names
 
 
@@ -36,11 +36,9 @@ class LogMonitored(HookBase):
         """Log when the period is over."""
         if (self.trainer.iter + 1) % self.period and self.trainer.iter + 1 < self.trainer.max_iter:
             return
-        for name, module in self.trainer.model.named_modules():
-            if isinstance(module, Criterion):
-                part = name.removeprefix("module.").rpartition(".")[0] or "dense"
-                for key, value in module.monitored.items():
-                    self.trainer.storage.put_scalar(f"{part}/{key}", value.item())
+        for name, criterion in criteria(self.trainer.model):
+            for key, value in criterion.monitored.items():
+                self.trainer.storage.put_scalar(f"{name}/{key}", value.item())
 
 
 class RestartablePreciseBN(hooks.PreciseBN):

@@ -48,6 +48,14 @@ def remove_checkpoints(folder: str):
             os.unlink(path)
 
 
+def _lock_file(folder):
+    try:
+        os.makedirs(folder, exist_ok=True)
+        return open(os.path.join(folder, ".lock"), "a")
+    except OSError as error:  # a full disk, a folder of the system
+        raise InputError(f"OUTPUT_DIR: '{folder}' cannot be written: {error.strerror}.") from None
+
+
 @contextlib.contextmanager
 def locked(folder: str) -> Iterator[None]:
     """Hold ``folder`` for this process, which creates it; the lock ends with the process.
@@ -55,8 +63,7 @@ def locked(folder: str) -> Iterator[None]:
     Raises:
         InputError: another run holds it.
     """
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "a") as file:
+    with _lock_file(folder) as file:
         try:
             # Not flock, which the processes that load images would inherit and hold for longer.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,11 +3,23 @@
 import functools
 import logging
 import os
-import traceback
 
-from detectron2.data import DatasetCatalog
+import numpy as np
+from detectron2 import modeling
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data.transforms import AugInput
+from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
+from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import (
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+)
 
-from ..data.registration import check_masks, training_statistics
+from .. import detectors  # noqa: F401  (registers them)
+from ..config.lazy import lazy_config
+from ..config.values import check_pairs
+from ..data.registration import check_masks, check_same_classes, training_statistics
 from ..data.training_samplers import TRAINING_SAMPLERS
 from ..errors import InputError
 from ..gradient_figure import PlotGradients
@@ -18,10 +30,11 @@ from .checkpoint import (
     load_weights,
     saved_checkpoints,
 )
-from .classes import check_model_classes, check_same_classes
+from .classes import check_model_classes
 from .evaluate import check_best
 from .lazy import trainer_of
 from .output import check_output_dir
+from .sentence import in_a_sentence
 from .step import amp_dtype
 
 logger = logging.getLogger(__name__)
@@ -34,7 +47,16 @@ TRAIN_SAMPLERS = (
     "WeightedCategoryTrainingSampler",
     *TRAINING_SAMPLERS,
 )
-_RESNET_DEPTHS = (18, 34, 50, 101, 152)
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+}
 
 
 def check_run(cfg, eval_only=False, resume=False, num_workers=1):
@@ -54,8 +76,10 @@ def check_run(cfg, eval_only=False, resume=False, num_workers=1):
             the config is missing or wrong.
     """
     _check_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
-    _check_choice("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, _RESNET_DEPTHS)
     _check_task(cfg)
+    check_pairs(cfg)
+    _check_names(cfg)
+    _check_augmentations(cfg)
     check_output_dir(cfg, eval_only, resume)
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]
     resumes = resume and bool(saved_checkpoints(cfg.OUTPUT_DIR))
@@ -81,28 +105,19 @@ def _check_model(cfg, eval_only, resumes):
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    try:
-        model = trainer_of(cfg).build_model(cfg, count=not eval_only)
-        if not eval_only:
-            trainer_of(cfg).build_optimizer(cfg, model)
-    except InputError:
-        raise
-    except Exception as error:  # Detectron2 and torch raise nearly anything for a wrong value
-        raise InputError(f"The model cannot be built: {_told(error)}.") from error
+    trainer = trainer_of(cfg)
+    with in_a_sentence("The model cannot be built", cfg):
+        model = trainer.build_model(cfg, count=not eval_only)
+    if not eval_only:
+        with in_a_sentence("The optimizer cannot be built", cfg):
+            optimizer = trainer.build_optimizer(cfg, model)
+            trainer.build_lr_scheduler(cfg, optimizer)
     if not resumes and not is_local(cfg.MODEL.WEIGHTS):
         return
     if eval_only:
         load_trained(model, cfg, resumes)
     elif resumes or cfg.MODEL.WEIGHTS:
         load_weights(build_checkpointer(model, cfg, cfg.DATASETS.TRAIN), cfg, resumes)
-
-
-def _told(error):
-    """Return what an exception says and, since that may be little, where it was raised."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    text = str(error.args[0] if error.args else error).rstrip("!.")
-    place = f"{os.path.basename(where.filename)}, line {where.lineno}"
-    return f"{' '.join(text.split()) or where.line} ({type(error).__name__} in {place})"
 
 
 # Detectron2's detectors of something else than boxes and masks of objects.
@@ -112,7 +127,10 @@ _OTHER_TASKS = {
         "PanopticFPN": "segmentations of a whole image are not read",
         "SemanticSegmentor": "segmentations of a whole image are not read",
     },
-    "MODEL.PROPOSAL_GENERATOR.NAME": {"RRPN": "boxes are read without an angle"},
+    "MODEL.PROPOSAL_GENERATOR.NAME": {
+        "RRPN": "boxes are read without an angle",
+        "PrecomputedProposals": "proposals of files are not read",
+    },
     "MODEL.ROI_HEADS.NAME": {"RROIHeads": "boxes are read without an angle"},
     "MODEL.ANCHOR_GENERATOR.NAME": {
         "RotatedAnchorGenerator": "boxes are read without an angle",
@@ -125,8 +143,7 @@ _OTHER_TASKS = {
 def _check_task(cfg):
     """Refuse what this project's reader and evaluation do not serve."""
     for key, reasons in _OTHER_TASKS.items():
-        node, _, name = key.rpartition(".")
-        value = functools.reduce(getattr, node.split("."), cfg)[name]
+        value = _value(cfg, key)
         if value in reasons:
             raise InputError(f"{key} is {value!r}, which cannot be trained here: {reasons[value]}.")
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
@@ -136,17 +153,45 @@ def _check_task(cfg):
         )
 
 
+def _check_names(cfg):
+    """Refuse names that no registry of Detectron2 has, where the model is made of keys."""
+    if lazy_config(cfg) is not None:
+        return
+    for key, registry in _REGISTRIES.items():
+        name = _value(cfg, key)
+        if name not in registry and (name or _uses(cfg, key)):
+            known = ", ".join(sorted(known for known, _ in registry))
+            raise InputError(
+                f"{key} is {name!r}; Detectron2's registry '{registry._name}' has: {known}."
+            )
+
+
+def _uses(cfg, key):
+    """Say whether a model has the part that a key names; a head of boxes may be of the regions."""
+    return key != "MODEL.ROI_BOX_HEAD.NAME" or (
+        cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+        and cfg.MODEL.ROI_HEADS.NAME != "Res5ROIHeads"
+    )
+
+
+def _check_augmentations(cfg):
+    """Turn an image as training and evaluation will."""
+    if lazy_config(cfg) is not None:
+        return
+    for is_train in (True, False):
+        with in_a_sentence("INPUT: images cannot be prepared", cfg):
+            mapper = DatasetMapper(cfg, is_train)
+            mapper.augmentations(AugInput(np.zeros((480, 640, 3), np.uint8)))
+
+
 def _check_loader(cfg, num_workers):
     batch = cfg.SOLVER.IMS_PER_BATCH
-    workers = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers
-    if batch < 1 or batch % workers:
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    workers = reference or num_workers
+    if batch % workers:
+        of = "SOLVER.REFERENCE_WORLD_SIZE" if reference else "the number of workers"
         raise InputError(
-            f"SOLVER.IMS_PER_BATCH is {batch}; it must be a positive multiple of the number of "
-            f"workers, {workers}."
-        )
-    if cfg.BALANCE.ACCUMULATE_STEPS < 1:
-        raise InputError(
-            f"BALANCE.ACCUMULATE_STEPS is {cfg.BALANCE.ACCUMULATE_STEPS}; it must be at least 1."
+            f"SOLVER.IMS_PER_BATCH is {batch}; it must be a positive multiple of {of}, {workers}."
         )
 
 
@@ -164,7 +209,13 @@ def _check_choice(key, value, choices):
         raise InputError(f"{key} is {value!r}; known are: {known}.")
 
 
+def _value(cfg, key):
+    return functools.reduce(dict.__getitem__, key.split("."), cfg)
+
+
 def _check_writable(key, path):
+    if not path:
+        raise InputError(f"{key} is empty.")
     folder = os.path.abspath(path)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)

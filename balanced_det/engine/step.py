@@ -41,7 +41,7 @@ class TrainStep(SimpleTrainer):
             overflow is a skipped step of the scaler, as ever, and no error.
         accumulate: batches a step; its gradient is their mean.
         max_skipped, max_skipped_images: how many steps of a run may be skipped, and how many broken
-            images of a worker replaced.
+            images replaced, on all workers together.
 
     Attributes:
         skipped_steps, skipped_images: how many were, in the whole run.
@@ -79,18 +79,32 @@ class TrainStep(SimpleTrainer):
         start = time.perf_counter()
         batches = [next(self._data_loader_iter) for _ in range(self.accumulate)]
         data_time = time.perf_counter() - start
-        self._count_skipped_images(batches)
+        broken = [
+            f"Iteration {self.iter}: {reason}"
+            for batch in batches
+            for image in batch
+            for reason in image.get("skipped_images", ())
+        ]
 
         # After the data, whose loader may draw from the generators of this process.
         seed_generators(derived_seed(self.seed, _STEP_STREAM, comm.get_rank(), self.iter))
-        self._keep_buffers()
+        self._copy_buffers(self._saved_buffers, self._buffers)
         self.optimizer.zero_grad()
-        losses = self._backward(batches)
+        try:
+            losses = self._backward(batches)
+        except FloatingPointError as error:
+            # Region proposals are looked at in the middle of the forward pass.
+            if num_workers() == 1:
+                self._count_skipped_images(broken, len(broken))
+            self._refuse({}, batches, str(error).rstrip("."))
+            return
         self.after_backward()
         self.grad_scaler.unscale_(self.optimizer)
         # The scaler itself skips a step whose gradients overflow, and lowers its factor.
         may_overflow = self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > 1
-        if self._is_bad(losses, check_gradients=not may_overflow):
+        is_bad, num_broken = self._look(losses, len(broken), check_gradients=not may_overflow)
+        self._count_skipped_images(broken, num_broken)
+        if is_bad:
             self._refuse(losses, batches)
             return
         self._write_metrics(losses, data_time)
@@ -119,33 +133,58 @@ class TrainStep(SimpleTrainer):
 
     # --- Bad numbers ------------------------------------------------------------------------------
 
-    def _keep_buffers(self):
-        # Two launches on a device, however many buffers there are.
-        torch._foreach_copy_(self._saved_buffers, self._buffers)
+    def _copy_buffers(self, target: list[torch.Tensor], source: list[torch.Tensor]):
+        if source:  # a model may have none
+            # Two launches on a device, however many buffers there are.
+            torch._foreach_copy_(target, source)
 
-    def _is_bad(self, losses: Mapping[str, torch.Tensor], check_gradients: bool) -> bool:
-        """Return whether a loss or gradient of any worker is not finite; waits for the device."""
+    def _look(
+        self, losses: Mapping[str, torch.Tensor], num_broken: int, check_gradients: bool
+    ) -> tuple[bool, int]:
+        """Ask all workers what they saw; waits for the device, once.
+
+        Args:
+            losses: of this worker.
+            num_broken: images of its batches that others took the place of.
+            check_gradients: look at the gradients, too.
+
+        Returns:
+            Whether a loss or gradient is not finite, and how many images were broken, on any.
+        """
         numbers = list(losses.values())
         if check_gradients:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            # The largest element, not a sum of squares, which may overflow where nothing is bad.
-            numbers += torch._foreach_norm(gradients, float("inf")) if gradients else []
+            numbers += _largest(gradients)
         bad = ~torch.stack([n.float() for n in numbers]).isfinite().all()
-        return bool(sum_over_workers(bad.float()).item())
+        seen = torch.stack([bad.float(), torch.full_like(bad, num_broken, dtype=torch.float32)])
+        num_bad, num_broken = sum_over_workers(seen).tolist()
+        return num_bad > 0, round(num_broken)
 
-    def _refuse(self, losses: Mapping[str, torch.Tensor], batches: list[list[dict]]):
-        """Undo the step; raise, unless it may be skipped."""
+    def _refuse(
+        self, losses: Mapping[str, torch.Tensor], batches: list[list[dict]], reason: str = ""
+    ):
+        """Undo the step; raise, unless it may be skipped.
+
+        Args:
+            losses: of the step; none where it did not come to an end, for ``reason``.
+            batches: of the step.
+            reason: what ended the step, on this worker alone.
+        """
         weights, others = self._culprits(losses)
+        if reason and not weights:
+            others = [reason]
         found = [f"{'; '.join([*weights, *others])} ({_image_names(batches)})"]
-        if num_workers() > 1:
+        # Other workers wait for this one's gradients, so it cannot ask what they found, nor skip.
+        alone = bool(reason) and num_workers() > 1
+        if num_workers() > 1 and not alone:
             found = [
                 text for text in comm.all_gather(found[0] if weights or others else "") if text
             ]
-        torch._foreach_copy_(self._buffers, self._saved_buffers)
+        self._copy_buffers(self._buffers, self._saved_buffers)
         self.optimizer.zero_grad()
         self.skipped_steps += 1
         message = f"Iteration {self.iter}: not finite: {'; '.join(found)}"
-        if weights or self.skipped_steps > self.max_skipped:
+        if weights or alone or self.skipped_steps > self.max_skipped:
             raise NonFiniteError(
                 f"{message}; nothing of this step was kept. Try a smaller SOLVER.BASE_LR or "
                 "SOLVER.CLIP_GRADIENTS, or let BALANCE.SKIP_BAD_STEPS steps be skipped."
@@ -174,20 +213,28 @@ class TrainStep(SimpleTrainer):
             )
         return weights, others
 
-    def _count_skipped_images(self, batches: list[list[dict]]):
-        for reason in (
-            r for batch in batches for image in batch for r in image.get("skipped_images", ())
-        ):
-            self.skipped_images += 1
-            message = f"Iteration {self.iter}: {reason}"
-            if self.skipped_images > self.max_skipped_images:
-                raise InputError(
-                    f"{message}; BALANCE.SKIP_BROKEN_IMAGES allows {self.max_skipped_images} of it."
-                )
+    def _count_skipped_images(self, reasons: list[str], number: int):
+        """Count the broken images of a step, and say which they are; raise beyond the limit.
+
+        Args:
+            reasons: why each of this worker's images cannot be used.
+            number: how many there are on all workers.
+        """
+        if not number:
+            return
+        self.skipped_images += number
+        if self.skipped_images > self.max_skipped_images:
+            # All workers come here together, since all know the number.
+            reasons = [reason for part in comm.all_gather(reasons) for reason in part]
+            raise InputError(
+                f"{'; '.join(reasons[:3])}; BALANCE.SKIP_BROKEN_IMAGES allows "
+                f"{self.max_skipped_images} of it, and these make {self.skipped_images}."
+            )
+        for reason in reasons:
             logger.warning(
                 "%s; another image takes its place, %d of the %d that BALANCE.SKIP_BROKEN_IMAGES "
                 "allows.",
-                message,
+                reason,
                 self.skipped_images,
                 self.max_skipped_images,
             )
@@ -231,6 +278,18 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
             "SOLVER.AMP.ENABLED to False."
         )
     return _AMP_DTYPES[name]
+
+
+def _largest(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return scalars that are finite where all elements of the tensors are.
+
+    They are the largest elements, not sums of squares, which may overflow where nothing is bad.
+    """
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if tensors and tensors[0].device.type == "cpu":
+        # There the norm takes fifteen times as long.
+        return [scalar for tensor in tensors for scalar in torch.aminmax(tensor)]
+    return list(torch._foreach_norm(tensors, float("inf"))) if tensors else []
 
 
 def _first(names: list[str], count: int = 3) -> list[str]:

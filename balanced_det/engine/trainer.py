@@ -19,15 +19,17 @@ from ..data.loader import TrainLoader, build_test_loader
 from ..data.registration import training_statistics
 from ..detectors.counting import fit_to_training_data
 from ..detectors.masks import MasksAsRLE
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..evaluation import BalancedLVISEvaluator, build_evaluator
 from ..gradient_figure import PlotGradients
+from ..logs import escaped
 from .checkpoint import build_checkpointer, load_weights
 from .classes import check_model_classes
 from .evaluate import Evaluate, TrainingStopped
 from .gradient_share import LogGradientShare
 from .hooks import KeepFrozenStatistics, LogMonitored, RestartablePreciseBN
 from .imbalance import log_remedies
+from .sentence import in_a_sentence
 from .step import TrainStep, amp_dtype
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,18 @@ class Trainer(DefaultTrainer):
     def run_step(self):
         """Train one step, see :class:`~balanced_det.engine.step.TrainStep`."""
         self._failed = True
-        super().run_step()
+        # What is wrong with a config shows in the first step; what fails later is another matter.
+        is_first = self.iter == self.start_iter
+        net = in_a_sentence("The first step failed", self.cfg)
+        try:
+            with net if is_first else contextlib.nullcontext():
+                super().run_step()
+        except torch.cuda.OutOfMemoryError as error:
+            raise InputError(
+                f"Iteration {self.iter}: the GPU has too little memory: lower "
+                "SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN or INPUT.MAX_SIZE_TRAIN, or set "
+                f"SOLVER.AMP.ENABLED ({str(error).split('. ')[0]})."
+            ) from error
         self._failed = False
 
     def after_train(self):
@@ -121,11 +134,6 @@ class Trainer(DefaultTrainer):
         clip = cfg.SOLVER.CLIP_GRADIENTS
         if not clip.ENABLED or clip.CLIP_TYPE in ("value", "norm"):
             return super().build_optimizer(cfg, model)
-        if clip.CLIP_TYPE != "full_model":
-            raise InputError(
-                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE: '{clip.CLIP_TYPE}' is unknown; "
-                "known are: full_model, norm, value."
-            )
         max_norm, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
         optimizer = super().build_optimizer(
             _with(cfg, "SOLVER.CLIP_GRADIENTS.ENABLED", False), model
@@ -211,7 +219,8 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self):
         evaluators = [self.build_evaluator(self.cfg, name) for name in self.cfg.DATASETS.TEST]
-        self._last_eval_results = self.test(self.cfg, self.model, evaluators)
+        with in_a_sentence("The evaluation failed", self.cfg):
+            self._last_eval_results = self.test(self.cfg, self.model, evaluators)
         self.last_evaluation = self._last_eval_results, evaluators
         return self._last_eval_results
 
@@ -223,7 +232,8 @@ class Trainer(DefaultTrainer):
             return []
 
     def _test_with_augmentation(self):
-        results = self.test_with_augmentation(self.cfg, self.model)
+        with in_a_sentence("The evaluation with TEST.AUG failed", self.cfg):
+            results = self.test_with_augmentation(self.cfg, self.model)
         if comm.is_main_process():
             self._last_eval_results = {**self._last_eval_results, **results}
         return results
@@ -248,7 +258,7 @@ def _without_traceback(record):
     if isinstance(error, TrainingStopped):
         return False
     if isinstance(error, InputError):
-        record.exc_info = None
+        record.exc_info = record.exc_text = None
         record.msg = f"{record.msg} {error}"
     return True
 
@@ -301,7 +311,7 @@ def print_results(results, output_dir):
         floatfmt=".1f",
         tablefmt="github",
     )
-    print(f"\n{table}\n\nWritten to {os.path.abspath(output_dir)}")
+    print(f"\n{escaped(table)}\n\nWritten to {printable(os.path.abspath(output_dir))}")
 
 
 def _metric_rows(results, prefix=""):

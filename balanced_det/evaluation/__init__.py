@@ -4,6 +4,8 @@
 ``python -m balanced_det.evaluation``; what needs them is imported when it is asked for.
 """
 
+from typing import Any
+
 from .lvis import (
     ABSENT,
     IOU_TYPES,
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _OF_DETECTRON2:
         from . import evaluator
 

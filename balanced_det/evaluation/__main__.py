@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from ..data.annotations import Annotations, integer, read_annotations, shortened
 from ..errors import InputError
+from ..logs import escape_log_records
 from .detections import first_row, read_detection_files
 from .lvis import IOU_TYPES, MAX_DETS, METRICS, Matcher, fixed_result
 from .per_class import (
@@ -94,13 +95,13 @@ def evaluate_files(
         print(f"\nWritten to {os.path.abspath(out)}")
 
 
-def _tasks(truth, detections):
+def _tasks(truth: Annotations, detections: Sequence[str]) -> tuple[str, ...]:
     rows = [row for row in map(first_row, detections) if row is not None]
     has_masks = rows and all(isinstance(row, dict) and row.get("segmentation") for row in rows)
     return IOU_TYPES if has_masks and truth.first_without_mask() is None else IOU_TYPES[:1]
 
 
-def _limit(text):
+def _limit(text: str) -> int | None:
     limit = integer(int(text)) if text.lstrip("-").isdecimal() else None
     if limit is None or (limit < 1 and limit != -1):
         raise argparse.ArgumentTypeError(f"{shortened(text)} is neither a positive number nor -1")
@@ -109,6 +110,7 @@ def _limit(text):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; see ``--help``."""
+    escape_log_records()
     parser = argparse.ArgumentParser(
         prog="python -m balanced_det.evaluation",
         description="Evaluate a detection file by LVIS's protocol, without the model.",

@@ -11,8 +11,9 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -74,14 +75,17 @@ def read_detections(
     return plain if plain is not None else _checked_columns(rows, truth, iou_type, first)
 
 
-def _plain_columns(rows, truth, iou_type):
+def _ids(truth: Annotations) -> tuple[list[int], list[int]]:
+    """The ids of all images, and of all categories."""
+    return [image.id for image in truth.images], [c.id for c in truth.categories]
+
+
+def _plain_columns(rows: Sequence[Mapping], truth: Annotations, iou_type: str) -> Detections | None:
     """What :func:`_checked_columns` returns for rows of plain integers and floats; else None.
 
     A column at a time: six million detections are read in seconds.
     """
-    images, classes = (
-        np.array([entry.id for entry in entries]) for entries in (truth.images, truth.categories)
-    )
+    images, classes = (np.array(truth_ids) for truth_ids in _ids(truth))
     try:
         found, masks = [], []
         for part in columns.parts(rows):
@@ -98,15 +102,17 @@ def _plain_columns(rows, truth, iou_type):
             found.append((image, category, scores, shapes))
     except columns.NOT_PLAIN:
         return None
-    *numbers, boxes = columns.joined(found)
-    return Detections(*numbers, *((boxes, None) if iou_type == "bbox" else (None, masks)))
+    image, category, scores, boxes = columns.joined(found)
+    is_box = iou_type == "bbox"
+    return Detections(image, category, scores, boxes if is_box else None, None if is_box else masks)
 
 
-def _checked_columns(rows, truth, iou_type, first=0):
+def _checked_columns(
+    rows: Sequence[Any], truth: Annotations, iou_type: str, first: int = 0
+) -> Detections:
     """Check one detection after the other, and name the first that is wrong."""
     images, classes = (
-        {entry.id: index for index, entry in enumerate(entries)}
-        for entries in (truth.images, truth.categories)
+        {identity: index for index, identity in enumerate(truth_ids)} for truth_ids in _ids(truth)
     )
     image, category, scores, boxes, masks = [], [], [], [], []
     for index, row in enumerate(rows, start=first):
@@ -134,8 +140,11 @@ def _checked_columns(rows, truth, iou_type, first=0):
     )
 
 
-def _listed(row, key, known, index, truth):
-    found = known.get(integer(row.get(key)))  # no id is None
+def _listed(
+    row: Mapping, key: str, known: Mapping[int, int], index: int, truth: Annotations
+) -> int:
+    own = integer(row.get(key))
+    found = None if own is None else known.get(own)
     if found is None:
         raise InputError(
             f"Detection {index} has {key} {row.get(key)}, which {truth.source} does not list."
@@ -146,7 +155,7 @@ def _listed(row, key, known, index, truth):
 _COMPRESSED = re.compile("[0-o]*")  # six bits a character, from 48 on
 
 
-def _run_lengths(mask, index):
+def _run_lengths(mask: Any, index: int | None) -> dict[str, Any]:
     if not isinstance(mask, Mapping) or not {"size", "counts"} <= mask.keys():
         raise InputError(f"Detection {index} has no `segmentation` in run lengths.")
     size, counts = mask["size"], mask["counts"]
@@ -193,7 +202,7 @@ def read_detection_file(path: str | os.PathLike) -> list:
     return rows
 
 
-def _is_closed(raw):
+def _is_closed(raw: bytes) -> bool:
     return raw.rstrip().endswith(b"]")
 
 
@@ -214,12 +223,14 @@ def read_detection_files(
         np.concatenate([part.image for part in parts]),
         np.concatenate([part.category for part in parts]),
         np.concatenate([part.scores for part in parts]),
-        np.concatenate([part.boxes for part in parts]) if iou_type == "bbox" else None,
+        np.concatenate([b for part in parts if (b := part.boxes) is not None])
+        if iou_type == "bbox"
+        else None,
         [mask for part in parts for mask in part.masks or ()] if iou_type == "segm" else None,
     )
 
 
-def first_row(path: str | os.PathLike):
+def first_row(path: str | os.PathLike) -> Any:
     """Return the first entry of a detection file, None where there is none."""
     return next((rows[0] for rows in _row_batches(os.fspath(path)) if rows), None)
 
@@ -227,7 +238,7 @@ def first_row(path: str | os.PathLike):
 _PART = 1 << 25  # bytes
 
 
-def _row_batches(path):
+def _row_batches(path: str) -> Iterator[list]:
     """Yield the rows of a file: of one as we write it in parts, of any other all at once."""
     if not _is_as_we_write_it(path):
         yield read_detection_file(path)
@@ -244,7 +255,7 @@ def _row_batches(path):
         yield read_detection_file(path)[given:]
 
 
-def _is_as_we_write_it(path):
+def _is_as_we_write_it(path: str) -> bool:
     start = b'[\n{"image_id"'
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -258,7 +269,7 @@ def _is_as_we_write_it(path):
         return False  # whoever reads it says why
 
 
-def lines_of_detection_file(path: str | os.PathLike):
+def lines_of_detection_file(path: str | os.PathLike) -> Iterator[list[dict]]:
     """Yield the rows of our own file image by image, as lists, without holding all of them."""
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -302,7 +313,7 @@ class DetectionWriter:
         """Close the file, which is whole."""
         self._file.close()
 
-    def _put(self, position, text):
+    def _put(self, position: int, text: bytes) -> None:
         try:
             self._file.seek(position)
             written = 0
@@ -311,7 +322,7 @@ class DetectionWriter:
         except OSError as error:
             raise self._failure(error) from None
 
-    def _failure(self, error):
+    def _failure(self, error: OSError) -> InputError:
         return InputError(f"The detections cannot be written to '{self.path}': {error.strerror}.")
 
 
@@ -341,7 +352,13 @@ def texts_of(numbers: np.ndarray) -> list[str]:
     return [form % number for number in numbers.ravel().tolist()]
 
 
-def row_text(image_id, category_id, box_texts, score_text, mask=None) -> str:
+def row_text(
+    image_id: int,
+    category_id: int,
+    box_texts: Sequence[str],
+    score_text: str,
+    mask: Mapping | None = None,
+) -> str:
     """Return one detection as JSON text, without a space."""
     text = (
         f'{{"image_id":{json.dumps(image_id)},"category_id":{json.dumps(category_id)},'

@@ -6,6 +6,7 @@ evaluation sees: a detection of a class that was not looked for in its image is 
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import hotcoco
 import numpy as np
@@ -99,11 +100,11 @@ class _Collector(Matcher):
     What is matched at once is lost to everything but AP, see :class:`Matcher`.
     """
 
-    def __init__(self, truth, max_dets):
+    def __init__(self, truth: Annotations, max_dets: int | None):
         super().__init__(truth, "bbox", max_dets)
         self._state = _Parts()
 
-    def all(self):
+    def all(self) -> tuple[list[dict], list[dict], np.ndarray]:
         """Return all images, objects, and detections (n, 7)."""
         self._match()
         parts = self._state
@@ -111,16 +112,18 @@ class _Collector(Matcher):
 
 
 class _Parts:
-    def __init__(self):
-        self.images, self.objects, self.rows = [], [], []
+    def __init__(self) -> None:
+        self.images: list[dict] = []
+        self.objects: list[dict] = []
+        self.rows: list[np.ndarray] = []
 
-    def update(self, images, objects, rows):
+    def update(self, images: list[dict], objects: list[dict], rows: np.ndarray) -> None:
         self.images += images
         self.objects += objects
         self.rows.append(rows)
 
 
-def _evaluation(images, objects, rows, classes):
+def _evaluation(images: list[dict], objects: list[dict], rows: np.ndarray, classes: int) -> Any:
     categories = [{"id": c + 1, "name": str(c)} for c in range(classes)]
     truth = hotcoco.COCO({"images": images, "annotations": objects, "categories": categories})
     evaluation = hotcoco.COCOeval(truth, truth.load_res(rows), "bbox")
@@ -128,7 +131,9 @@ def _evaluation(images, objects, rows, classes):
     return evaluation
 
 
-def _confused(images, objects, rows, classes):
+def _confused(
+    images: list[dict], objects: list[dict], rows: np.ndarray, classes: int
+) -> list[tuple[int, int, int]]:
     if not objects or not len(rows):
         return []
     evaluation = _evaluation(images, objects, rows, classes)

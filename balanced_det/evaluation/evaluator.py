@@ -6,16 +6,22 @@ import math
 import os
 import urllib.parse
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
+from torch import Tensor
 
-from ..data.annotations import integer, read_annotations
+from ..data.annotations import Annotations, integer, read_annotations
 from ..data.registration import is_builtin
+from ..data.statistics import DatasetStatistics
 from ..errors import InputError
 from .detections import (
     DetectionWriter,
@@ -24,7 +30,7 @@ from .detections import (
     row_text,
     texts_of,
 )
-from .lvis import FIXED_MAX_DETS, IOU_TYPES, MAX_DETS, Matcher, best_of_each
+from .lvis import FIXED_MAX_DETS, IOU_TYPES, MAX_DETS, LVISResult, Matcher, best_of_each
 from .operating_points import OperatingPoints
 from .per_class import (
     class_rows,
@@ -83,13 +89,13 @@ class BalancedLVISEvaluator(DatasetEvaluator):
 
     def __init__(
         self,
-        dataset_name,
-        output_dir=None,
+        dataset_name: str,
+        output_dir: str | os.PathLike | None = None,
         *,
-        tasks=None,
-        distributed=True,
-        max_dets_per_image=MAX_DETS,
-        train_statistics=None,
+        tasks: Sequence[str] | None = None,
+        distributed: bool = True,
+        max_dets_per_image: int | None = MAX_DETS,
+        train_statistics: DatasetStatistics | None = None,
     ):
         self.dataset_name = dataset_name
         metadata = MetadataCatalog.get(dataset_name)
@@ -109,29 +115,29 @@ class BalancedLVISEvaluator(DatasetEvaluator):
                 f"The training statistics have {len(train_statistics.group)} classes but data set "
                 f"'{dataset_name}' has {len(self._category_ids)}."
             )
-        self._output_dir = None if output_dir is None else os.fspath(output_dir)
+        self._output_dir: Any = None if output_dir is None else os.fspath(output_dir)
         self._tasks = tasks
         self._distributed = distributed
         self._max_dets = max_dets_per_image
         self._statistics = train_statistics
-        self._truth = None  # read with the first image
-        self._writer = None
+        self._truth: Any = None  # Annotations, read with the first image
+        self._writer: DetectionWriter | None = None
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget the detections of an earlier evaluation."""
         self._num_images = 0
         self._num_dropped = 0
         self._most_in_an_image = 0
         self._per_class = np.zeros(len(self._category_ids), dtype=np.int64)
-        self._matchers = {}
-        self.class_rows = []
-        self.operating_points = None
+        self._matchers: dict[str, Matcher] = {}
+        self.class_rows: list[dict] = []
+        self.operating_points: OperatingPoints | None = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def process(self, inputs, outputs):
+    def process(self, inputs: Iterable[dict], outputs: Iterable[dict]) -> None:
         """Match and write ``outputs``; rows with non-finite boxes or scores are dropped.
 
         Args:
@@ -146,7 +152,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         for image, output in zip(inputs, outputs):
             self._process_image(image["image_id"], output["instances"].to("cpu"))
 
-    def evaluate(self):
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Return, log and write the results (see the class); None but on the main process."""
         if self._writer is not None:
             self._writer.close()
@@ -164,7 +170,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         dropped = sum(part["dropped"] for part in gathered)
         if dropped:
             logger.warning(f"Dropped {dropped} detections with a non-finite box or score.")
-        has_file = self._output_dir and self._join([part["path"] for part in gathered])
+        has_file = bool(self._output_dir) and self._join([part["path"] for part in gathered])
         if not len(self._truth):
             logger.info(f"{self._truth.source} holds no annotation: nothing is evaluated.")
             return {}
@@ -184,7 +190,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
 
     # --- Of each worker ---------------------------------------------------------------------------
 
-    def _read_truth(self):
+    def _read_truth(self) -> None:
         self._truth = read_annotations(self._json_file)
         self._image_index = {image.id: i for i, image in enumerate(self._truth.images)}
         contiguous = {category.id: c for c, category in enumerate(self._truth.categories)}
@@ -194,7 +200,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         )
         self._has_masks = bool(len(self._truth)) and self._truth.first_without_mask() is None
 
-    def _process_image(self, image_id, instances):
+    def _process_image(self, image_id: Any, instances: Instances) -> None:
         index = self._image_index.get(integer(image_id))
         if index is None:
             raise InputError(
@@ -244,7 +250,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
                 masks,
             )
 
-    def _collected(self):
+    def _collected(self) -> dict[str, Any]:
         return {
             "images": self._num_images,
             "dropped": self._num_dropped,
@@ -254,7 +260,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
             "path": self._writer.path if self._writer is not None else None,
         }
 
-    def _partial(self, worker):
+    def _partial(self, worker: int | str) -> str:
         name, extension = os.path.splitext(DETECTIONS)
         # Also a pattern, when the worker is "*".
         folder = glob.escape(self._output_dir) if worker == "*" else self._output_dir
@@ -262,31 +268,33 @@ class BalancedLVISEvaluator(DatasetEvaluator):
 
     # --- Of the main process ----------------------------------------------------------------------
 
-    def _join(self, parts):
+    def _join(self, paths: list[str]) -> bool:
         """Join the workers' files, and remove what interrupted runs left; whether it could."""
-        missing = [part for part in parts if not os.path.isfile(part)]
+        missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             logger.warning(
                 f"'{missing[0]}' is not on this machine: the detections stay in the workers' files."
             )
             return False
-        join_detection_files(parts, os.path.join(self._output_dir, DETECTIONS))
+        join_detection_files(paths, os.path.join(self._output_dir, DETECTIONS))
         for left in glob.glob(self._partial("*")):
             os.remove(left)
         return True
 
-    def _evaluated_tasks(self, gathered):
+    def _evaluated_tasks(self, gathered: list[dict[str, Any]]) -> list[str]:
         found = [task for task in IOU_TYPES if any(task in part["states"] for part in gathered)]
         if "segm" not in found and self._truth.has_some_masks() and not self._has_masks:
             missing = self._truth.named(self._truth.first_without_mask())
             logger.warning(f"Masks are not evaluated: of {self._truth.source}, {missing} has none.")
         return found
 
-    def _fixed(self, results, gathered, has_file):
+    def _fixed(
+        self, results: Mapping[str, LVISResult], gathered: list[dict[str, Any]], has_file: bool
+    ) -> dict[str, dict[str, float]]:
         """Fixed AP of each task, in percent, with the names under which it is reported."""
-        counts = sum(part["per_class"] for part in gathered)
+        per_class = sum(part["per_class"] for part in gathered)
         most = max(part["most_in_an_image"] for part in gathered)
-        if counts.max(initial=0) <= FIXED_MAX_DETS and most <= (self._max_dets or math.inf):
+        if per_class.max(initial=0) <= FIXED_MAX_DETS and most <= (self._max_dets or math.inf):
             fixed = results  # no limit was met, neither of an image nor of a class
         elif has_file:
             path = os.path.join(self._output_dir, DETECTIONS)
@@ -299,10 +307,10 @@ class BalancedLVISEvaluator(DatasetEvaluator):
             for task, result in fixed.items()
         }
 
-    def _report(self, results, percents):
+    def _report(self, results: Mapping[str, LVISResult], percents: Mapping[str, dict]) -> None:
         rows = self.class_rows = class_rows(results, self._train_images())
         tasks = list(results)
-        self.operating_points = self._points(results)
+        points = self.operating_points = self._points(results)
         for task, numbers in percents.items():
             logger.info(
                 f"LVIS results for {task}, in percent ({protocol_text(results[task].protocol)}):\n"
@@ -311,19 +319,22 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         logger.info(f"LVIS results of each class, in percent:\n{class_table(rows, tasks)}")
         if self._output_dir:
             write_results(percents, rows, results, self._output_dir)
-            write_json(self.operating_points.to_json(), self._output_dir, POINTS)
+            write_json(points.to_json(), self._output_dir, POINTS)
 
-    def _points(self, results):
+    def _points(self, results: Mapping[str, LVISResult]) -> OperatingPoints:
         """The first task's curves, of the model's classes; those that are not annotated have -1."""
         task, result = next(iter(results.items()))
         is_known = self._class_of >= 0
         precision, scores = (
             np.where(is_known, curves[:, self._class_of], absent)  # (101, K)
-            for curves, absent in ((result.precision, -1.0), (result.scores, 0.0))
+            for curves, absent in (
+                (np.asarray(result.precision), -1.0),
+                (np.asarray(result.scores), 0.0),
+            )
         )
         return OperatingPoints(task, self.dataset_name, precision, scores)
 
-    def _class_groups(self):
+    def _class_groups(self) -> dict[int, str]:
         if self._statistics is None:
             return {}
         return {
@@ -331,7 +342,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
             for contiguous, category_id in self._category_ids.items()
         }
 
-    def _train_images(self):
+    def _train_images(self) -> dict[int, int]:
         if self._statistics is None:
             return {}
         return {
@@ -340,7 +351,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         }
 
 
-def run_lengths_of(instances, kept):
+def run_lengths_of(instances: Instances, kept: Tensor) -> list[dict] | None:
     """Return the masks of detections in compressed run lengths, None where there are no masks.
 
     Args:
@@ -359,7 +370,12 @@ def run_lengths_of(instances, kept):
     return [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in rles]
 
 
-def build_evaluator(cfg, dataset_name, output_folder=None, train_statistics=None):
+def build_evaluator(
+    cfg: CfgNode,
+    dataset_name: str,
+    output_folder: str | os.PathLike | None = None,
+    train_statistics: DatasetStatistics | None = None,
+) -> DatasetEvaluator:
     """Return the evaluator that fits the ``evaluator_type`` in a data set's metadata.
 
     "lvis" gives :class:`BalancedLVISEvaluator`, "coco" Detectron2's ``COCOEvaluator`` (without its
@@ -389,11 +405,14 @@ def build_evaluator(cfg, dataset_name, output_folder=None, train_statistics=None
     )
 
 
-def _fixed_from_file(truth, path, tasks, class_groups):
+def _fixed_from_file(
+    truth: Annotations, path: str, tasks: Sequence[str], class_groups: Mapping[int, str]
+) -> dict[str, LVISResult]:
     """Fixed AP from our own detection file, an image at a time, whatever its size."""
     images = {image.id: index for index, image in enumerate(truth.images)}
     classes = {category.id: index for index, category in enumerate(truth.categories)}
-    category, scores = [], []
+    category: list[int] = []
+    scores: list[float] = []
     for rows in lines_of_detection_file(path):
         category.extend(classes[row["category_id"]] for row in rows)
         scores.extend(row["score"] for row in rows)
@@ -401,13 +420,13 @@ def _fixed_from_file(truth, path, tasks, class_groups):
     counted = iter(best.tolist())
     matchers = {task: Matcher(truth, task, None) for task in tasks}
     for rows in lines_of_detection_file(path):
-        best = [row for row in rows if next(counted)]
+        chosen = [row for row in rows if next(counted)]
         for matcher in matchers.values():
             matcher.update(
                 images[rows[0]["image_id"]],
-                np.array([classes[row["category_id"]] for row in best], dtype=np.int64),
-                np.array([row["score"] for row in best], dtype=np.float64),
-                np.array([row["bbox"] for row in best], dtype=np.float64),
-                [row.get("segmentation") for row in best],
+                np.array([classes[row["category_id"]] for row in chosen], dtype=np.int64),
+                np.array([row["score"] for row in chosen], dtype=np.float64),
+                np.array([row["bbox"] for row in chosen], dtype=np.float64),
+                [row.get("segmentation", {}) for row in chosen],
             )
     return {task: matcher.result(class_groups) for task, matcher in matchers.items()}

@@ -26,6 +26,7 @@ or torch.
 """
 
 import itertools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -34,7 +35,7 @@ from typing import Any
 import hotcoco
 import numpy as np
 
-from ..data.annotations import GROUPS, Annotations, read_annotations
+from ..data.annotations import GROUPS, Annotations, Image, read_annotations
 from ..errors import InputError
 from .detections import Detections, read_detections
 
@@ -72,6 +73,7 @@ class ClassResult:
         ar: recall of the counted detections, averaged over the same IoUs, a fraction.
         f1: the best F1 at IoU 0.50 of all score thresholds, a fraction.
         threshold: the score threshold that gives it; NaN where no detection is right.
+        objects: how many there are to find.
     """
 
     category_id: int
@@ -81,6 +83,7 @@ class ClassResult:
     ar: float = ABSENT
     f1: float = ABSENT
     threshold: float = float("nan")
+    objects: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class LVISResult:
 
 
 def evaluate_lvis(
-    annotations,
+    annotations: Annotations | Mapping | str | os.PathLike,
     detections: Iterable[Mapping],
     iou_type: str = "bbox",
     max_dets: int = MAX_DETS,
@@ -138,7 +141,7 @@ def evaluate_lvis(
 
 
 def lvis_result(
-    annotations,
+    annotations: Annotations | Mapping | str | os.PathLike,
     detections: Iterable[Mapping],
     iou_type: str = "bbox",
     max_dets: int = MAX_DETS,
@@ -223,7 +226,7 @@ class Matcher:
         # here: `_looked_for` and `_region_entry`.
         params.max_dets = [10**9]
         categories = [{"id": c + 1, "name": str(c)} for c in range(len(truth.categories))]
-        self._state = hotcoco.StreamingEval(categories, iou_type, params=params)
+        self._state: Any = hotcoco.StreamingEval(categories, iou_type, params=params)
         self._given = np.zeros(len(truth.images), dtype=bool)
         self._waiting: list[Any] = []
         self._num_waiting = 0
@@ -278,7 +281,15 @@ class Matcher:
             part = detections.take(order[start:end])
             self._add(images, part.image, part.category, part.scores, part.boxes, part.masks)
 
-    def _add(self, images, image, category, scores, boxes, masks):
+    def _add(
+        self,
+        images: range,
+        image: np.ndarray,
+        category: np.ndarray,
+        scores: np.ndarray,
+        boxes: np.ndarray | None,
+        masks: Sequence[Mapping] | None,
+    ) -> None:
         """Let the detections of some images wait; when they are many enough, match them.
 
         Args:
@@ -291,28 +302,30 @@ class Matcher:
             twice = self._truth.images[images[int(given.argmax())]]
             raise InputError(f"Image {twice.id} is evaluated twice.")
         given[:] = True
+        of_masks: list[Mapping] = []
         best = np.arange(len(scores))
         if self._max_dets is not None:
             best = np.flatnonzero(best_of_each(image - images.start, scores, self._max_dets))
         if self._iou_type == "bbox":
-            area = boxes[best, 2] * boxes[best, 3]
+            of_boxes = np.asarray(boxes)[best]
+            area = of_boxes[:, 2] * of_boxes[:, 3]
         else:
-            masks = [masks[i] for i in best]
-            area = _mask_areas(masks, image[best], self._truth.images)
+            of_masks = [(masks or ())[i] for i in best.tolist()]
+            area = _mask_areas(of_masks, image[best], self._truth.images)
         counted = (area > 0) & (area < np.inf)  # as the `lvis` package
         counted &= self._is_looked_for(images, image[best], category[best])
         best, area = best[counted], area[counted]
         rows = np.empty((len(best), 7))
         rows[:, 0] = image[best] + 1
         if self._iou_type == "bbox":
-            rows[:, 1:5] = boxes[best]
+            rows[:, 1:5] = of_boxes[counted]
         else:
             # The library takes a detection's size from its box: one of the mask's area.
             rows[:, 1:3], rows[:, 3], rows[:, 4] = 0, area, 1
-            masks = list(itertools.compress(masks, counted.tolist()))
+            of_masks = list(itertools.compress(of_masks, counted.tolist()))
         rows[:, 5] = scores[best]
         rows[:, 6] = category[best] + 1
-        self._waiting.append((images, rows, masks))
+        self._waiting.append((images, rows, of_masks))
         self._num_waiting += len(images)
         if self._num_waiting >= self._BATCH:
             self._match()
@@ -369,34 +382,36 @@ class Matcher:
             scores,
         )
 
-    def _match_rest(self):
+    def _match_rest(self) -> None:
         """Match what waits, and the images that were not given as images without a detection."""
         for image in np.flatnonzero(~self._given).tolist():
             self._waiting.append((range(image, image + 1), np.empty((0, 7)), []))
         self._match()
 
-    def _is_looked_for(self, images, image, category):
+    def _is_looked_for(self, images: range, image: np.ndarray, category: np.ndarray) -> np.ndarray:
         """(n,) bool: whether the image's annotators looked for the class; -1 is no class here."""
         table = np.zeros((len(images), len(self._truth.categories)), dtype=bool)
         table[self._all_looked_for[images.start : images.stop]] = True
         table.ravel()[self._pairs_of(images, self._looked_for)] = True
         return table[image - images.start, category] & (category >= 0)
 
-    def _pairs_of(self, images, pairs):
+    def _pairs_of(self, images: range, pairs: np.ndarray) -> np.ndarray:
         """The pairs of some images, as numbers that begin with 0 at the first of the images."""
         classes = len(self._truth.categories)
         first, last = images.start * classes, images.stop * classes
         return pairs[slice(*np.searchsorted(pairs, (first, last)))] - first
 
-    def _match(self):
+    def _match(self) -> None:
         """Give the waiting images to the library, with their objects."""
         if self._waiting:
             images, objects, rows, shapes = self._take_waiting()
             self._state.update(images, objects, rows, **shapes)
 
-    def _take_waiting(self):
+    def _take_waiting(self) -> tuple[list[dict], list[dict], np.ndarray, dict[str, Any]]:
         """Images, objects, detections (n, 7) and their masks as the library takes them."""
-        images, objects, masks = [], [], []
+        images: list[dict] = []
+        objects: list[dict] = []
+        masks: list[Mapping] = []
         for block, rows, block_masks in self._waiting:
             for image in block:
                 entry = self._truth.images[image]
@@ -405,13 +420,13 @@ class Matcher:
             first, last = self._first_row[block.start], self._first_row[block.stop]
             objects += self._object_entries(self._rows[first:last])
             objects += self._region_entries(block, rows)
-            masks += block_masks or []
+            masks += block_masks
         rows = np.concatenate([rows for _, rows, _ in self._waiting])
         shapes = {"segmentation": masks} if self._iou_type == "segm" else {}
         self._waiting, self._num_waiting = [], 0
         return images, objects, rows, shapes
 
-    def _region_entries(self, images, rows):
+    def _region_entries(self, images: range, rows: np.ndarray) -> list[dict]:
         """Crowds that hold a whole image, for classes of which not all objects are annotated.
 
         A detection that matches no object lies in it, so it is ignored, as LVIS has it.
@@ -440,7 +455,7 @@ class Matcher:
             entries.append(entry)
         return entries
 
-    def _object_entries(self, rows):
+    def _object_entries(self, rows: np.ndarray) -> list[dict]:
         """The objects of the annotations at ``rows`` as the library takes them."""
         truth = self._truth
         columns = (truth.image + 1, truth.category + 1, truth.boxes, truth.crowd.view(np.int8))
@@ -467,7 +482,7 @@ class Matcher:
             entry["area"] = value
         return entries
 
-    def _protocol(self):
+    def _protocol(self) -> dict[str, Any]:
         federated = any(image.neg_category_ids is not None for image in self._truth.images)
         return {
             "protocol": "LVIS" if federated else "LVIS, every class looked for in every image",
@@ -496,13 +511,13 @@ def class_group_list(truth: Annotations, class_groups: Mapping[int, str]) -> lis
     return groups
 
 
-def _objects(truth):
+def _objects(truth: Annotations) -> np.ndarray:
     """Indices of what counts as an object: finite boxes, and not an area of 0 (as `lvis`)."""
     no_area = np.isnan(truth.area) & ~(truth.boxes[:, 2:] > 0).all(axis=1)
     return np.flatnonzero(truth.finite() & ~(truth.area <= 0) & ~no_area)
 
 
-def _listed_pairs(truth, key):
+def _listed_pairs(truth: Annotations, key: str) -> np.ndarray:
     """Pairs of each image and the classes that it lists at ``key``, ascending.
 
     Ids that are no class's have no effect, as in `lvis`.
@@ -515,7 +530,7 @@ def _listed_pairs(truth, key):
     return np.unique((image * len(known) + classes)[known[classes] == ids])
 
 
-def _check_masks(truth):
+def _check_masks(truth: Annotations) -> None:
     index = truth.first_without_mask()
     if index is not None:
         raise InputError(
@@ -526,14 +541,14 @@ def _check_masks(truth):
             raise InputError(f"{truth.source}: image {image.id} has no `height` and `width`.")
 
 
-def _as_run_lengths(mask, image):
+def _as_run_lengths(mask: Any, image: Any) -> Any:
     """Polygons or run lengths as the library takes them."""
     if not mask:  # polygons, of which none has three corners
         return {"size": [image.height, image.width], "counts": [image.height * image.width]}
     return mask
 
 
-def _mask_area(mask, image):
+def _mask_area(mask: Any, image: Any) -> float:
     """Pixels of polygons or run lengths."""
     if isinstance(mask, list):
         parts = [hotcoco.mask.fr_poly(polygon, image.height, image.width) for polygon in mask]
@@ -541,7 +556,7 @@ def _mask_area(mask, image):
     return float(hotcoco.mask.area(mask))
 
 
-def _mask_areas(masks, image, images):
+def _mask_areas(masks: Sequence[Mapping], image: np.ndarray, images: Sequence[Image]) -> np.ndarray:
     """(n,) pixels of each mask; ``image`` (n,) ascending tells which of ``images`` it is in."""
     areas = [np.zeros(0)]
     for index, of_image in itertools.groupby(zip(image.tolist(), masks), itemgetter(0)):
@@ -549,18 +564,20 @@ def _mask_areas(masks, image, images):
     return np.concatenate(areas)
 
 
-def _areas_in_image(masks, image):
+def _areas_in_image(masks: Sequence[Any], image: Image) -> np.ndarray:
     size = [image.height, image.width]
     wrong = next((list(mask["size"]) for mask in masks if list(mask["size"]) != size), None)
     if wrong is not None:
         raise InputError(f"A mask detected in image {image.id} has size {wrong}, not {size}.")
     try:
-        return np.asarray(hotcoco.mask.area(masks), dtype=np.float64)
+        return np.asarray(hotcoco.mask.area(list(masks)), dtype=np.float64)
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"A mask detected in image {image.id} is broken: {error}.") from None
 
 
-def _metrics(precision, recall, groups):
+def _metrics(
+    precision: np.ndarray, recall: np.ndarray, groups: Sequence[str | None]
+) -> dict[str, float]:
     """The numbers of :data:`METRICS`.
 
     A class without objects of a size is -1 throughout, and each other class has as many numbers as
@@ -579,7 +596,13 @@ def _metrics(precision, recall, groups):
     return dict(zip(METRICS, values, strict=True))
 
 
-def _class_results(truth, groups, precision, recall, scores):
+def _class_results(
+    truth: Annotations,
+    groups: Sequence[str | None],
+    precision: np.ndarray,
+    recall: np.ndarray,
+    scores: np.ndarray,
+) -> list[ClassResult]:
     # A class without objects is -1 throughout, and so are its means.
     ap = precision[..., 0].mean(axis=(0, 1)).round(15).tolist()  # (K,)
     ar = recall[..., 0].mean(axis=0).round(15).tolist()  # (K,)
@@ -588,17 +611,22 @@ def _class_results(truth, groups, precision, recall, scores):
     f1 = 2 * precision_50 * recalls / np.maximum(precision_50 + recalls, 1e-12)
     best = f1.argmax(axis=0)[None]  # (1, K)
     best_f1, threshold = (np.take_along_axis(x, best, 0)[0].tolist() for x in (f1, scores))
+    counted = _objects(truth)
+    counted = counted[~(truth.crowd | truth.ignore)[counted]]
+    objects = np.bincount(truth.category[counted], minlength=len(ap)).tolist()
     rows = []
     for c, (category, group) in enumerate(zip(truth.categories, groups)):
         f1_of_class = ABSENT if ap[c] == ABSENT else best_f1[c]
         score = threshold[c] if f1_of_class > 0 else float("nan")
         rows.append(
-            ClassResult(category.id, category.name, group, ap[c], ar[c], f1_of_class, score)
+            ClassResult(
+                category.id, category.name, group, ap[c], ar[c], f1_of_class, score, objects[c]
+            )
         )
     return rows
 
 
-def _mean(values):
+def _mean(values: np.ndarray) -> float:
     present = values[values > ABSENT]
     # The library, as `lvis`, adds 2e-16 to what it divides by: a perfect class shall have 1.
     return round(float(present.mean()), 15) if present.size else ABSENT

@@ -59,9 +59,9 @@ class OperatingPoints:
         # Only from recall 0.01 on: at 0 there is a precision, but nothing is found.
         has_it = (self.precision >= wanted)[1:] & (self.scores > 0)[1:]  # (100, K)
         last = len(has_it) - has_it[::-1].argmax(axis=0)
-        return self._scores_at(last, has_it.any(axis=0))
+        return self._scores_at(last, np.asarray(has_it.any(axis=0)))
 
-    def _scores_at(self, index, is_known):
+    def _scores_at(self, index: np.ndarray, is_known: np.ndarray) -> np.ndarray:
         scores = np.take_along_axis(self.scores, index[None], axis=0)[0]
         return np.where(is_known, scores, np.nan)
 

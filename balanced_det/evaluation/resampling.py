@@ -11,6 +11,7 @@ Letters: I images, K classes, B draws, n detections. Nothing here needs Detectro
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import hotcoco
 import numpy as np
@@ -64,7 +65,7 @@ def match_records(
 class _Recorder(Matcher):
     """A matcher that keeps what each detection became, where its parent keeps a state."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         # Of each image and class: image, class, score, and what they are at 10 IoUs.
         flags = np.empty((0, len(IOU_THRESHOLDS)), dtype=bool)
@@ -72,7 +73,7 @@ class _Recorder(Matcher):
         self._found = [(none, none, np.empty(0), flags, flags)]
         self._objects_found = [np.empty((0, 2), dtype=np.int64)]
 
-    def _match(self):
+    def _match(self) -> None:
         if not self._waiting:
             return
         images, objects, rows, shapes = self._take_waiting()
@@ -83,12 +84,13 @@ class _Recorder(Matcher):
         evaluation.params.area_rng = [[0, 1e10]]
         evaluation.params.area_rng_lbl = ["all"]
         evaluation.evaluate()
+        entry: Any
         for entry in evaluation.eval_imgs:
             place = entry["image_id"] - 1, entry["category_id"] - 1
             scores = np.array(entry["dtScores"])
             image, category = (np.full(len(scores), number) for number in place)
             matched, ignored = (
-                np.array(entry[key], dtype=bool).reshape(len(IOU_THRESHOLDS), len(scores)).T
+                np.array(entry[key], dtype=np.bool_).reshape(len(IOU_THRESHOLDS), len(scores)).T
                 for key in ("dtMatched", "dtIgnore")
             )
             self._found.append((image, category, scores, matched & ~ignored, ignored))
@@ -153,7 +155,13 @@ def average_precision(records: MatchRecords, weights: np.ndarray) -> np.ndarray:
     return result
 
 
-def _of_class(records, detected, matters, objects, weights):
+def _of_class(
+    records: MatchRecords,
+    detected: np.ndarray,
+    matters: np.ndarray,
+    objects: np.ndarray,
+    weights: np.ndarray,
+) -> np.ndarray:
     """(10, B) AP of one class: n ``detected``, of which m matter."""
     total = weights[objects].sum(axis=0, dtype=np.float64)  # (B,)
     precision = np.zeros((len(IOU_THRESHOLDS), weights.shape[1]))
@@ -174,7 +182,7 @@ def _of_class(records, detected, matters, objects, weights):
     return precision
 
 
-def _interpolated(found, alarms, total):
+def _interpolated(found: np.ndarray, alarms: np.ndarray, total: np.ndarray) -> np.ndarray:
     """(B,) mean over the 101 recalls of the best precision at that recall or above.
 
     Args:
@@ -225,7 +233,7 @@ def plain_average_precision(records: MatchRecords, weights: np.ndarray) -> np.nd
     return result
 
 
-def _classes(records) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def _classes(records: MatchRecords) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Each class, the indices of its detections, and the images of its objects."""
     bounds = np.searchsorted(records.category, np.arange(records.num_classes + 1))
     order = np.argsort(records.object_category, kind="stable")

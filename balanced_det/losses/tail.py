@@ -60,6 +60,8 @@ class TailClasses(ClassStatistic):
         self.loss = loss
         if tail_share is not None and not 0 < tail_share < 1:
             raise InputError(f"tail_share must lie between 0 and 1, exclusive, not {tail_share}.")
+        if not 0 <= tail_threshold <= 1:  # NaN neither
+            raise InputError(f"tail_threshold must be a share of images, not {tail_threshold}.")
         self.tail_threshold = tail_threshold
         self.tail_share = tail_share
         self.tail_includes_threshold = tail_includes_threshold

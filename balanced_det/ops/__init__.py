@@ -16,6 +16,9 @@ weigh classes by the gradient they have had; the same read sums it.
 Two implementations share one meaning: plain torch (:mod:`.reference`) and Triton kernels
 (:mod:`.triton_kernels`); :mod:`.choice` says which serves a call. :mod:`.nms` suppresses the
 overlapping boxes of many groups at once, :mod:`.roi_align` pools the features of boxes.
+
+Letters: R rows, K classes, B bins of the gradient length; a head leaves (N, A K, H, W), N images
+with A anchors in each of H x W cells.
 """
 
 import functools
@@ -54,9 +57,9 @@ def sigmoid_loss(
     """Sum a weighted sigmoid cross entropy over all rows labelled >= 0 and all K classes.
 
     Args:
-        logits: (*lead, K), floating point, up to four leading dimensions, any strides. The
+        logits: (*, K), floating point, up to four leading dimensions, any strides. The
             arithmetic is float32 whatever their type (float64 for float64 logits).
-        labels: (*lead), integers: 0 .. K-1 a class, K background, negative ignored. A row that is
+        labels: (*), integers: 0 .. K-1 a class, K background, negative ignored. A row that is
             ignored has exactly zero loss and gradient, whatever its logits.
         alpha: weight of the y = 1 terms, 1 - alpha being that of the y = 0 terms; None for neither.
         gamma: exponent of the focal modulation (1 - p_t)^gamma, a number or a (K,) tensor of one a
@@ -140,8 +143,8 @@ def gradient_histogram(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
     """Count the gradient lengths g = |sigmoid(x) - y| of all rows labelled >= 0 and all classes.
 
     Args:
-        logits: (*lead, K), as in :func:`sigmoid_loss`.
-        labels: (*lead).
+        logits: (*, K), as in :func:`sigmoid_loss`.
+        labels: (*).
         bins: the number B of equal bins over [0, 1]; g counts in bin min(int(g * B), B - 1).
 
     Returns:

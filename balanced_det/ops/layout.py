@@ -3,6 +3,8 @@
 A convolutional head leaves its logits as (N, A*K, H, W); the losses see them as (N, H, W, A, K)
 through strides. Walking the tensor in its own memory order keeps reads coalesced and lets the
 gradient come back in the same layout, so that the convolution's backward needs no copy either.
+
+Letters: N images, A anchors in each of H x W cells, K classes.
 """
 
 import math
@@ -12,7 +14,7 @@ import torch
 
 
 def memory_order(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """Return the dimensions of logits (*lead, K), from the largest stride to the smallest.
+    """Return the dimensions of logits (*, K), from the largest stride to the smallest.
 
     Dimensions of one element, whose stride means nothing, come first; a class dimension of one
     element comes last, since rows of one class are the simplest layout.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import InputError
+from ..logs import escaped
 from .files import finite, write_whole
 
 _MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
@@ -178,8 +179,8 @@ class Page:
 
 
 def _text(text):
-    """Escape a text; what cannot be written as UTF-8 is replaced."""
-    return html.escape(str(text).encode("utf-8", "replace").decode())
+    """Escape a text, also what a browser, or a terminal that shows the file, would act on."""
+    return html.escape(escaped(str(text)))
 
 
 def _cell(value):

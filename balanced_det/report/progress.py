@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from ..errors import printable
+
 # A process of its own, since a thread stands still while one call of C code, such as the reading of
 # a JSON file, keeps Python's lock. It ends with the one that it speaks for.
 _TICK = """
@@ -29,6 +31,7 @@ def telling(what: str, period: float = 3.0) -> Iterator[None]:
         period: in seconds.
     """
     began = time.monotonic()
+    what = printable(what)
     print(f"{what} ...", file=sys.stderr, flush=True)
     # -S -E: nothing of the environment is needed, and it starts in milliseconds.
     ticking = subprocess.Popen([sys.executable, "-S", "-E", "-c", _TICK, what, str(period)])

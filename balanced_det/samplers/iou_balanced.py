@@ -12,10 +12,18 @@ from below; if one side is short, the other has the more to give.
 With ``instance_balanced`` the foreground rows come in turn from the objects that they belong to:
 each object gives one row at random, then each that has more another one, until there are enough.
 
-The official code differs in four points: its ranges reach to the largest IoU of any row, foreground
-too, so that the highest stay nearly empty; a share is rounded down and the remainder filled at
-random; the row of the largest IoU is in no range; and what objects are short of is filled at
-random.
+The official code differs in four points, which ``as_published`` takes over: its ranges reach to the
+largest IoU of any row, foreground too, so that the highest stay nearly empty; a share is rounded
+down and the remainder filled at random; the row of the largest IoU is in no range; and an object
+gives at most ``round(N / objects) + 1`` of N foreground rows, while what all are short of is filled
+at random.
+
+Two slips of it no option has. It sets a floor of -1 to 0 after its first image, and is built anew
+for each batch: the first image of a batch has rows of IoU 0 in its lowest range, and the others
+keep them apart, as ``floor_threshold`` 0 does. And what it fills up where objects are short may be
+rows that it has taken already, so that it ends with a few less.
+
+Letters: N images, R rows of an image, B ranges of IoU.
 """
 
 from collections.abc import Sequence
@@ -37,6 +45,7 @@ class IoUBalancedSampler(Sampler):
         floor_threshold: an IoU in [0, 1); None for no floor.
         floor_fraction: the share of background rows from below the floor, 0 to 1.
         instance_balanced: take foreground rows in turn from their objects, not at random.
+        as_published: ranges and shares of rows and objects as the official code has them.
     """
 
     needs_ious = True
@@ -47,6 +56,7 @@ class IoUBalancedSampler(Sampler):
         floor_threshold: float | None = None,
         floor_fraction: float = 0.0,
         instance_balanced: bool = False,
+        as_published: bool = False,
     ):
         if num_bins < 1:
             raise InputError(f"IoUBalancedSampler: num_bins is {num_bins}; it must be at least 1.")
@@ -63,6 +73,7 @@ class IoUBalancedSampler(Sampler):
         self.floor_threshold = floor_threshold
         self.floor_fraction = floor_fraction
         self.instance_balanced = instance_balanced
+        self.as_published = as_published
 
     def __call__(
         self, rows: Rows, quota: Quota, generator: torch.Generator | None = None
@@ -70,8 +81,10 @@ class IoUBalancedSampler(Sampler):
         """Return the (N, R) mask of the rows taken; see :class:`Sampler`."""
         num_foreground, num_background = quota.numbers(rows)  # (N,)
         chance = uniform(rows.labels, generator)  # (N, R)
-        priority = self._turns(rows, chance, generator) if self.instance_balanced else chance
         most = quota.rows_per_image
+        priority = chance
+        if self.instance_balanced:
+            priority = self._turns(rows, num_foreground, chance, generator)
         positive = take(rows.foreground, priority, num_foreground, most)
         return positive | self._background(rows, num_background, most, chance, generator)
 
@@ -84,46 +97,64 @@ class IoUBalancedSampler(Sampler):
         generator: torch.Generator | None,
     ) -> torch.Tensor:
         """Return the (N, R) mask of the ``number`` (N,) background rows to take."""
-        ranges, below = self._ranges(rows)  # (N, B, R), (N, R)
-        num_above, num_below = ranges.sum(dim=(1, 2)), below.sum(dim=1)  # (N,)
+        ranges, above = self._ranges(rows)  # (N, B, R), (N, R)
+        below = rows.background & ~above
+        num_above, num_below = above.sum(dim=1), below.sum(dim=1)  # (N,)
         from_ranges = (number.double() * (1 - self.floor_fraction)).long()
         from_ranges = from_ranges.maximum(number - num_below).minimum(num_above)
-        # floor((n + b) / B), b = 0 ... B-1, add up to n (Hermite's identity).
+        # n rows in B shares that differ by one at most, the later ones larger, are
+        # floor((n + b) / B) for b = 0 ... B-1: 8 rows in 3 shares are 2, 3 and 3.
         index = torch.arange(self.num_bins, device=number.device)
+        if self.as_published:
+            index = torch.zeros_like(index)
         shares = (from_ranges.unsqueeze(1) + index) // self.num_bins  # (N, B)
         taken = take(ranges, chance.unsqueeze(1), shares, most).any(dim=1)  # (N, R)
         missing = from_ranges - taken.sum(dim=1)
-        # A chance of their own: those of the rows left over are the low ones of their range.
-        left_over = ranges.any(dim=1) & ~taken
-        taken |= take(left_over, uniform(chance, generator), missing, most)
+        # By new random numbers: the rows that are left have the low ones of their range, so that by
+        # the old numbers a range of which many were taken would hardly get another.
+        taken |= take(above & ~taken, uniform(chance, generator), missing, most)
         if self.floor_threshold is not None:
             taken |= take(below, chance, number - from_ranges, most)
         return taken
 
     def _ranges(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the background rows of each range, (N, B, R) bool, and those below, (N, R)."""
+        """Return the background rows of each range, (N, B, R) bool, and all of them, (N, R)."""
         ious = rows.known("ious").float()
         background = rows.background
         floor = self.floor_threshold or 0.0
         above = background & ((ious > 0) if self.floor_threshold == 0 else (ious >= floor))
-        largest = (ious * above).amax(dim=1, keepdim=True)  # (N, 1)
-        # Where all IoUs are equal, all are in the lowest range.
+        counted = rows.takes_part if self.as_published else above
+        largest = (ious * counted).amax(dim=1, keepdim=True)  # (N, 1)
+        # Where the floor is the largest IoU, the width is not 0, and all rows are in range 0.
         width = ((largest - floor) / self.num_bins).clamp(min=torch.finfo(ious.dtype).tiny)
-        place = ((ious - floor) / width).long().clamp(0, self.num_bins - 1)  # (N, R)
+        place = ((ious - floor) / width).long().clamp(min=0)  # (N, R)
+        if not self.as_published:
+            place = place.clamp(max=self.num_bins - 1)
         index = torch.arange(self.num_bins, device=ious.device).view(1, -1, 1)
-        return above.unsqueeze(1) & (place.unsqueeze(1) == index), background & ~above
+        return above.unsqueeze(1) & (place.unsqueeze(1) == index), above
 
     def _turns(
-        self, rows: Rows, chance: torch.Tensor, generator: torch.Generator | None
+        self,
+        rows: Rows,
+        number: torch.Tensor,
+        chance: torch.Tensor,
+        generator: torch.Generator | None,
     ) -> torch.Tensor:
-        """Return the priority (N, R) by which foreground rows are taken in turn from objects."""
-        # Sorted by object, and at random within it; half the chance never reaches the next object.
+        """Return the priority (N, R) by which ``number`` (N,) rows are taken of the objects."""
+        # Sorted by object, and at random within one: of objects 0 and 1 the keys are 0 to 0.5 and 1
+        # to 1.5, so no rounding makes a row of object 0 one of object 1.
         keys = torch.where(rows.foreground, rows.known("matched") + chance / 2, torch.inf)
         keys, order = keys.sort(dim=1)
         place = torch.arange(keys.shape[1], device=keys.device)
         turn = place - torch.searchsorted(keys, keys.floor())  # the how-manieth of its object
-        # Which objects give the last rows is drawn anew.
-        priority = -(turn + uniform(chance, generator))
+        if self.as_published:
+            num_objects = ((turn == 0) & keys.isfinite()).sum(dim=1)
+            most = (number / num_objects.clamp(min=1)).round() + 1  # (N,), of an object
+            rank = (turn < most.unsqueeze(1)).float()
+        else:
+            rank = -turn
+        # Rows of one turn are of different objects; new random numbers say which come first.
+        priority = rank + uniform(chance, generator)
         return torch.empty_like(priority).scatter_(1, order, priority)
 
 
@@ -156,21 +187,40 @@ def iou_balanced_sample(
 
     from_ranges = int(num_background * (1 - sampler.floor_fraction))
     from_ranges = min(max(from_ranges, num_background - len(below)), len(above))
-    width = (max((ious[row] for row in above), default=0.0) - floor) / num_bins
+    counted = [*background, *foreground] if sampler.as_published else above
+    width = (max((ious[row] for row in counted), default=0.0) - floor) / num_bins
+    highest = num_bins if sampler.as_published else num_bins - 1  # num_bins is no range
     chosen = []
     for index in range(num_bins):
-        inside = [row for row in above if _range(ious[row] - floor, width, num_bins) == index]
-        chosen += choice(inside, (from_ranges + index) // num_bins, generator)
+        inside = [row for row in above if _range(ious[row] - floor, width, highest) == index]
+        more = 0 if sampler.as_published else index
+        chosen += choice(inside, (from_ranges + more) // num_bins, generator)
     left_over = [row for row in above if row not in chosen]
     chosen += choice(left_over, from_ranges - len(chosen), generator)
     chosen += choice(below, num_background - from_ranges, generator)
     if not sampler.instance_balanced:
         return choice(foreground, num_foreground, generator), chosen
+    if sampler.as_published:
+        return _capped(foreground, matched, num_foreground, generator), chosen
     return _in_turn(foreground, matched, num_foreground, generator), chosen
 
 
-def _range(above_floor: float, width: float, num_bins: int) -> int:
-    return min(int(above_floor / width), num_bins - 1) if width > 0 else 0
+def _range(above_floor: float, width: float, highest: int) -> int:
+    return min(int(above_floor / width), highest) if width > 0 else 0
+
+
+def _capped(
+    rows: list[int], matched: Sequence[int], number: int, generator: torch.Generator | None
+) -> list[int]:
+    """Return ``number`` of ``rows``, first of those that each object may give, then of the rest."""
+    objects = {matched[row] for row in rows}
+    most = round(number / max(len(objects), 1)) + 1
+    given: list[int] = []
+    for index in sorted(objects):
+        given += choice([row for row in rows if matched[row] == index], most, generator)
+    chosen = choice(given, number, generator)
+    left = [row for row in rows if row not in given]
+    return chosen + choice(left, number - len(chosen), generator)
 
 
 def _in_turn(

@@ -2,15 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from balanced_det.detectors.wide_conv import WideConv2d
+from balanced_det.detectors.last_layer import WideConv2d
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def pair(*args, **kwargs):

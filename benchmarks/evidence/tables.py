@@ -1,0 +1,165 @@
+"""Put the committed numbers into the documentation: ``python benchmarks/evidence/tables.py``.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. It is made of the
+rows that ``balanced_det.compare`` or ``by_class.py`` wrote, and of nothing else; a test compares
+them. ``--check`` writes nothing and says which file is out of date.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+FILES = ("README.md", "docs/results.md")
+_W = "BALANCE.ROI_HEADS.CLASSIFICATION_WEIGHT=2.0"
+_RFS = "rfs+DATALOADER.REPEAT_THRESHOLD=0.05"
+_EQL = "eql+BALANCE.EqualizationLoss.TAIL_THRESHOLD=0.05"
+_COSINE = "BALANCE.ROI_HEADS.CLASSIFIER=CosineLinear"
+_TAIL = "TAIL_THRESHOLD=0.1"
+_SHAPES_BCE = (
+    "quickstart_softmax+BALANCE.ROI_HEADS.CLASSIFICATION_LOSS=BinaryCrossEntropyLoss"
+    f"+BALANCE.ROI_HEADS.PRIOR_PROB=0.001+{_W}"
+)
+
+# {name: (file of rows, metrics as mean and spread, metrics as differences, {label: setup})}
+TABLES = {
+    "photos": (
+        "photos_rcnn_comparison.jsonl",
+        ("AP", "APr", "APc", "APf"),
+        ("AP", "APr"),
+        {
+            "softmax cross entropy": "photos_rcnn",
+            "+ repeat-factor sampling": f"photos_rcnn+{_RFS}",
+            "+ class-aware sampling": "photos_rcnn+class_aware",
+            "+ cosine classifier": f"photos_rcnn+{_COSINE}",
+            "+ cosine classifier, repeat-factor sampling": f"photos_rcnn+{_RFS}+{_COSINE}",
+            "+ class weights, n^-0.5": "photos_rcnn+class_weights",
+            "Seesaw, with cosine classifier and repeat-factor sampling": (
+                f"photos_rcnn+seesaw+{_W}+DATALOADER.REPEAT_THRESHOLD=0.05"
+            ),
+            "ECM, with cosine classifier": f"photos_rcnn+ecm+{_W}",
+            "softmax EQL": (
+                "photos_rcnn+softmax_eql+BALANCE.SoftmaxEqualizationLoss.TAIL_THRESHOLD=0.05"
+            ),
+            "binary cross entropy: the control of EQL": "photos_rcnn+bce",
+            "EQL": f"photos_rcnn+{_EQL}",
+            "binary cross entropy, repeat-factor sampling": f"photos_rcnn+bce+{_RFS}",
+            "EQL, repeat-factor sampling": f"photos_rcnn+{_EQL}+{_RFS}",
+            "federated loss": f"photos_rcnn+federated+{_W}",
+            "EQLv2": f"photos_rcnn+eqlv2+{_W}",
+            "Libra R-CNN": (
+                "photos_rcnn+libra+BALANCE.PYRAMID.BACKBONE=build_bottom_up_fpn_backbone"
+            ),
+        },
+    ),
+    "photos_short": (
+        "photos_rcnn_comparison.jsonl",
+        (),
+        ("AP", "APr", "APf"),
+        {
+            "repeat-factor sampling: `--with rfs`": f"photos_rcnn+{_RFS}",
+            "class-aware sampling: `--with class_aware`": "photos_rcnn+class_aware",
+            "cosine classifier: `--with cosine`": (f"photos_rcnn+{_COSINE}"),
+            "cosine classifier and repeat-factor sampling": f"photos_rcnn+{_RFS}+{_COSINE}",
+            "Seesaw, which has both: `--with seesaw`": (
+                f"photos_rcnn+seesaw+{_W}+DATALOADER.REPEAT_THRESHOLD=0.05"
+            ),
+            "binary cross entropy: `--with bce`": "photos_rcnn+bce",
+            "EQL, whose control that is: `--with eql`": f"photos_rcnn+{_EQL}",
+        },
+    ),
+    "published": (
+        "shapes_published_comparison.jsonl",
+        ("AP", "APr", "APc", "APf"),
+        ("AP",),
+        {
+            "focal loss, L1": "retinanet",
+            "EFL": "retinanet+efl",
+            "GHM-C, smooth L1": "retinanet+ghmc",
+            "GHM-C as published": "retinanet+ghmc_published",
+            "GHM-C, GHM-R": "retinanet+ghmc_ghmr",
+            "GHM-C, GHM-R as published": "retinanet+ghmc_ghmr_published",
+            "sampling-free": "retinanet+sampling_free",
+            "sampling-free as published": "retinanet+sampling_free_published",
+            "Libra RetinaNet as published": "retinanet+libra_published",
+        },
+    ),
+    "remedies": (
+        "shapes_remedies_comparison.jsonl",
+        ("AP", "APr", "APc", "APf"),
+        ("AP", "APr"),
+        {
+            "softmax cross entropy (weight 1)": "quickstart_softmax",
+            "+ repeat-factor sampling": "quickstart_softmax+rfs+DATALOADER.REPEAT_THRESHOLD=0.1",
+            "+ IRFS": "quickstart_softmax+irfs+DATALOADER.REPEAT_THRESHOLD=0.1",
+            "+ class-aware sampling": "quickstart_softmax+class_aware",
+            "+ class weights, n^-0.5": "quickstart_softmax+class_weights",
+            "+ NorCal, gamma 0.6": "quickstart_softmax+norcal",
+            "softmax EQL": (
+                f"quickstart_softmax+softmax_eql+BALANCE.SoftmaxEqualizationLoss.{_TAIL}"
+            ),
+            "Seesaw, cosine classifier, repeat-factor sampling": (
+                "quickstart_softmax+seesaw+DATALOADER.REPEAT_THRESHOLD=0.1"
+            ),
+            "binary cross entropy, weight 2: the control of EQL": _SHAPES_BCE,
+            "EQL, weight 2": "quickstart",
+            "DropLoss, weight 2": f"quickstart_softmax+drop_loss+BALANCE.DropLoss.{_TAIL}+{_W}",
+            "federated loss, prior 0.001, weight 2": (
+                f"quickstart_softmax+federated+BALANCE.ROI_HEADS.PRIOR_PROB=0.001+{_W}"
+            ),
+            "EQLv2, weight 2": f"quickstart_softmax+eqlv2+{_W}",
+            "ECM, cosine classifier, weight 2": f"quickstart_softmax+ecm+{_W}",
+        },
+    ),
+}
+_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def table(name: str) -> str:
+    """Return the Markdown of a table."""
+    file, means, differences, setups = TABLES[name]
+    lines = (HERE / file).read_text().splitlines()
+    rows = {(row["setup"], row["metric"]): row for row in map(json.loads, lines)}
+    header = ["method", *means, *(f"{metric}, difference" for metric in differences)]
+    text = [header, ["---"] * len(header)]
+    for label, setup in setups.items():
+        mean_cells = [_mean(rows[setup, metric]) for metric in means]
+        text.append([label, *mean_cells, *(_difference(rows[setup, m]) for m in differences)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
+
+
+def _mean(row):
+    return f"{row['mean']:.1f} ± {row['standard_deviation']:.1f}"
+
+
+def _difference(row):
+    if row["difference"] is None:
+        return "-"
+    value, low, high = (row[f"difference{end}"] for end in ("", "_low", "_high"))
+    cell = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"**{cell}**" if row["shown"] else cell
+
+
+def filled(text: str) -> str:
+    """Return a document with its tables as the committed numbers make them."""
+    return _MARKED.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", text)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the tables into the files, or with ``--check`` say which are out of date."""
+    outdated = 0
+    for path in (ROOT / name for name in FILES):
+        text = path.read_text()
+        new = filled(text)
+        if new != text and "--check" in arguments:
+            print(f"{path.relative_to(ROOT)} has a table that its numbers do not make.")
+            outdated = 1
+        elif new != text:
+            path.write_text(new)
+    return outdated
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
