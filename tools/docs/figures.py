@@ -183,7 +183,7 @@ def cosine(linear, normalized):
     features = 4 * torch.stack([angle.cos(), angle.sin()], dim=1)
     for axes, layer in ((linear, torch.nn.Linear(2, 1)), (normalized, CosineLinear(2, 1))):
         torch.nn.init.zeros_(layer.bias)
-        # Of the three curves on the right only the last drawn is seen: they are one.
+        # On the right the three curves are one.
         for length, colour, line in ((3, ORANGE, "-"), (1.5, BLUE, "--"), (0.5, GREEN, ":")):
             layer.weight.data = torch.tensor([[length, 0.0]])
             logits = layer(features).detach().squeeze(1)
@@ -191,7 +191,7 @@ def cosine(linear, normalized):
         axes.set(xlabel="angle, degrees", xticks=[0, 90, 180], ylim=(-22, 22))
     linear.set(ylabel="logit", title="linear layer")
     normalized.set(title="cosine classifier")
-    normalized.legend(title="length of weights")
+    normalized.legend(title="length of weights", loc="lower left")
 
 
 @figure()
