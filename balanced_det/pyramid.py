@@ -7,6 +7,8 @@ A new pyramid's refinement is the identity here, as section 3.3 of the non-local
 1711.07971) has it. Libra R-CNN's code first does the same and then draws the weights of all layers
 by Xavier's rule (Glorot and Bengio, 2010), with biases of zero, so that its training starts from a
 random mixture of positions that is added to every level: ``initialization="xavier"``.
+
+Letters: N images, C channels, H x W pixels of a level, Hi x Wi those of level i.
 """
 
 import torch.nn.functional as F

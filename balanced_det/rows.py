@@ -3,6 +3,9 @@
 A detector labels rows: RetinaNet's are anchors, FCOS's are points, a region head's are proposals.
 Detectron2 labels all of them alike, and so do all methods here: ``0 ... K-1`` an object class,
 ``K`` background, ``-1`` ignored.
+
+Letters: N images, R rows of an image, F foreground rows of a batch; L levels of H x W cells with A
+anchors each, K classes.
 """
 
 import itertools

@@ -14,7 +14,6 @@ import pytest
 import torch
 from browser import open_page
 from federated import CLASSES, copied, federated
-from models import NARROW_RESNET
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -517,11 +516,6 @@ def tiny(tmp_path_factory):
         "INPUT": {"MIN_SIZE_TRAIN": [64], "MIN_SIZE_TEST": 64},
         "MODEL": {
             "DEVICE": "cpu",
-            "RESNETS": {
-                key.removeprefix("MODEL.RESNETS."): value
-                for key, value in NARROW_RESNET.items()
-                if key.startswith("MODEL.RESNETS.")
-            },
             "FPN": {"OUT_CHANNELS": 16},
             # A network that has hardly learnt anything still finds something to compare.
             "ROI_HEADS": {"NUM_CLASSES": "auto", "SCORE_THRESH_TEST": 0.0},

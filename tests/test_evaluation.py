@@ -640,10 +640,12 @@ def test_the_evaluator_reports_percent_and_writes_both_files(register, tmp_path,
 
     written = json.loads((tmp_path / "out/lvis_results.json").read_text())
     assert written["bbox"] == results["bbox"]
+    facts = [("rarity", "r", 2, 2), ("usual", "c", 50, 1), ("plenty", "f", 900, 1)]
+    named = [
+        dict(zip(("name", "group", "train_images", "test_objects"), of_class)) for of_class in facts
+    ]
     assert written["classes"] == [
-        {"name": "rarity", "group": "r", "train_images": 2, "bbox": 100.0, "segm": 100.0},
-        {"name": "usual", "group": "c", "train_images": 50, "bbox": 0.0, "segm": 0.0},
-        {"name": "plenty", "group": "f", "train_images": 900, "bbox": 0.0, "segm": 0.0},
+        {**of_class, "bbox": ap, "segm": ap} for of_class, ap in zip(named, (100.0, 0.0, 0.0))
     ]
     rows = json.loads((tmp_path / "out/lvis_instances_results.json").read_text())
     assert [(row["image_id"], row["category_id"]) for row in rows] == [(1, 7), (2, 7)]
@@ -654,7 +656,7 @@ def test_the_evaluator_reports_percent_and_writes_both_files(register, tmp_path,
         "lvis_results.json",
         "operating_points.json",
     ]
-    assert "| rarity | r | 2 | 100.000 |" in " ".join(caplog.text.split())
+    assert "| rarity | r | 2 | 2 | 100.000 |" in " ".join(caplog.text.split())
 
 
 def test_the_evaluator_takes_groups_from_the_training_set_where_annotations_have_none(register):
@@ -1107,6 +1109,16 @@ def test_each_of_several_test_sets_has_its_folder_and_own_data_its_limit(registe
         assert [evaluator._max_dets for evaluator in evaluators] == [500] * len(names)
 
 
+def test_what_is_no_object_to_find_is_not_counted_as_one():
+    content = hand_made()
+    crowd = box_object(5, 3, 7, (10, 10, 20, 20)) | {"iscrowd": 1}
+    ignored = box_object(6, 3, 9, (10, 10, 20, 20)) | {"ignore": 1}
+    empty = box_object(7, 3, 12, (10, 10, 20, 20)) | {"area": 0}
+    content["annotations"] += [crowd, ignored, empty]
+    found = lvis_result(content, PERFECT)
+    assert [(c.category_id, c.objects) for c in found.classes] == [(7, 2), (9, 1), (12, 1)]
+
+
 def test_class_tables_hold_numbers_groups_and_the_protocol(tmp_path):
     content = hand_made()
     content["categories"][1]["name"] = "rar\x1b[31mity\n"
@@ -1118,15 +1130,16 @@ def test_class_tables_hold_numbers_groups_and_the_protocol(tmp_path):
     rare, _, plenty = written["classes"]
     # Half of the rare objects are found, at score 0.8: F1 is 2 * 1 * 0.5 / 1.5.
     assert rare["name"] == r"rar\x1b[31mity\n"
-    assert (rare["group"], rare["train_images"]) == ("r", 2)
+    assert (rare["group"], rare["train_images"], rare["test_objects"]) == ("r", 2, 2)
     assert rare["bbox"]["AR"] == pytest.approx(50)
     assert rare["bbox"]["F1"] == pytest.approx(200 / 3)
     assert rare["bbox"]["threshold"] == 0.8
     assert plenty["bbox"]["threshold"] == 0.6
     with open(tmp_path / "lvis_classes.csv", newline="") as file:
         header, *lines = csv.reader(file)
-    assert header[:5] == ["category_id", "name", "group", "train_images", "bbox_AP"]
-    assert lines[0][:4] == ["7", r"rar\x1b[31mity\n", "r", "2"]
+    facts = ["category_id", "name", "group", "train_images", "test_objects"]
+    assert header[:6] == [*facts, "bbox_AP"]
+    assert lines[0][:5] == ["7", r"rar\x1b[31mity\n", "r", "2", "2"]
     assert lines[0][-1].startswith("LVIS: iou_type bbox, ")
     assert "max_dets_per_image 300" in lines[0][-1]
     unfound = class_rows({"bbox": lvis_result(content, [])})

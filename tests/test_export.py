@@ -21,8 +21,19 @@ LOW = {
 }
 
 
-def build(name):
+# Of K, K + 1 and K + 2 logits.
+CASES = [(name, {}) for name in DETECTORS]
+CASES += [
+    ("retinanet", {"BALANCE.DENSE.CLASSIFICATION_LOSS": "SeesawLoss"}),
+    ("fcos", {"BALANCE.DENSE.CLASSIFICATION_LOSS": "CrossEntropyLoss"}),
+    ("faster", {"BALANCE.ROI_HEADS.CLASSIFICATION_LOSS": "SeesawLoss"}),
+    ("cascade", {"BALANCE.ROI_HEADS.CLASSIFICATION_LOSS": "BinaryCrossEntropyLoss"}),
+]
+
+
+def build(name, more=None):
     keys = {key: value for key, value in LOW.items() if key != "MODEL.RPN.MIN_SIZE"}
+    keys |= more or {}
     torch.manual_seed(0)
     return build_model(config(DETECTORS[name], keys)).eval()
 
@@ -34,9 +45,11 @@ def postprocessed(model, image):
     return model.forward(inputs)[0]["instances"]
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-def test_traced_detector_takes_images_of_other_sizes_and_numbers_of_proposals(name):
-    model = build(name)
+@pytest.mark.parametrize(
+    "name, loss", CASES, ids=[", ".join([name, *keys.values()]) for name, keys in CASES]
+)
+def test_traced_detector_takes_images_of_other_sizes_and_numbers_of_proposals(name, loss):
+    model = build(name, loss)
     large = batch((1,), seed=1)[0]["image"]
     small = F.interpolate(large[None], scale_factor=0.5)[0]
     wrapper = TracingAdapter(model, large, postprocessed).eval()

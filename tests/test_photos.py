@@ -119,6 +119,15 @@ def test_inference_sees_every_photo_upright(photos):
         assert_white_where_the_box_is(sample["image"])
 
 
+def test_evaluation_takes_as_many_images_at_a_time_as_it_is_told(photos):
+    cfg = config(photos)
+    names = [sample["file_name"] for (sample,) in build_test_loader(cfg, str(photos))]
+    cfg.TEST.IMS_PER_BATCH = 3
+    batches = list(build_test_loader(cfg, str(photos)))
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    assert [sample["file_name"] for batch in batches for sample in batch] == names
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

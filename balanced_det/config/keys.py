@@ -61,6 +61,9 @@ def add_balanced_det_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
     # [name, weight] of training sets for the two weighted samplers; others weigh 1.
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
+    # Images a batch and worker of an evaluation. Those of one batch are padded to one size, so
+    # detections may differ in their last digits from those of another.
+    cfg.TEST.IMS_PER_BATCH = 1
     for old, new in _RENAMED.items():
         cfg.register_renamed_key(old, new)
 
@@ -79,7 +82,7 @@ def add_own_node(cfg: CfgNode, key: str) -> None:
 
 def default_values() -> dict:
     """Return {full name: default} of all keys of :func:`add_balanced_det_config`."""
-    cfg = CfgNode({"MODEL": {}, "DATALOADER": {}, "DATASETS": {}})
+    cfg = CfgNode({"MODEL": {}, "DATALOADER": {}, "DATASETS": {}, "TEST": {}})
     add_balanced_det_config(cfg)
     return own_values(cfg)
 

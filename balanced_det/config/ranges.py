@@ -11,6 +11,7 @@ import operator
 from detectron2.config import CfgNode
 
 from ..errors import InputError
+from ..parts import PARTS
 
 _SHARE = "[0, 1]"
 _AT_LEAST_0 = "[0, inf)"
@@ -20,6 +21,7 @@ _FINITE = "(-inf, inf)"
 
 _SOLVER = {
     "SOLVER.IMS_PER_BATCH": _AT_LEAST_1,
+    "TEST.IMS_PER_BATCH": _AT_LEAST_1,
     "SOLVER.BASE_LR": _AT_LEAST_0,
     "SOLVER.BASE_LR_END": _AT_LEAST_0,
     "SOLVER.BIAS_LR_FACTOR": _AT_LEAST_0,
@@ -137,7 +139,7 @@ _BALANCE = {
     "BALANCE.ROI_HEADS.CLASS_WEIGHT_STRENGTH": _AT_LEAST_0,
     **{
         f"BALANCE.{part}.{key}": interval
-        for part in ("DENSE", "RPN", "ROI_HEADS")
+        for part in PARTS
         for key, interval in {
             "CLASSIFICATION_WEIGHT": _AT_LEAST_0,
             "BOX_WEIGHT": _AT_LEAST_0,

@@ -12,8 +12,9 @@ import logging
 import signal
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from functools import cache
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -233,7 +234,10 @@ def _named_sampler(cfg, records):
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> "TestLoader":
     """Return Detectron2's loader of a test set, with broken images named."""
     mapper = _Catching(NamingMapper(DatasetMapper(cfg, False)))
-    return TestLoader(detectron2_test_loader(cfg, dataset_name, mapper=mapper), dataset_name)
+    loader = detectron2_test_loader(
+        cfg, dataset_name, mapper=mapper, batch_size=cfg.TEST.IMS_PER_BATCH
+    )
+    return TestLoader(loader, dataset_name)
 
 
 class TestLoader:
@@ -249,7 +253,7 @@ class TestLoader:
 
     __test__ = False  # for pytest
 
-    def __init__(self, loader: torch.utils.data.DataLoader, name: str):
+    def __init__(self, loader: Any, name: str):
         self.loader = loader
         self.name = name
 
@@ -258,7 +262,7 @@ class TestLoader:
 
     def __iter__(self) -> Iterator[list[dict]]:
         hidden = None if comm.is_main_process() else True  # None: where there is no terminal
-        images = len(self.loader.sampler)  # of this worker
+        images = len(cast(Sized, self.loader.sampler))  # of this worker
         with tqdm(total=images, desc=self.name, unit="image", disable=hidden) as progress:
             for batch in _raising(self.loader):
                 yield batch

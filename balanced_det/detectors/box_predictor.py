@@ -1,4 +1,8 @@
-"""The box predictor of a region head with any loss, sampler and score threshold of ``BALANCE``."""
+"""The box predictor of a region head with any loss, sampler and score threshold of ``BALANCE``.
+
+Letters: T sampled proposals of a batch, F foreground ones, N images, R proposals of an image, K
+classes.
+"""
 
 from typing import Any
 

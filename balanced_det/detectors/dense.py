@@ -1,4 +1,8 @@
-"""What the one-stage detectors share: rows of all pyramid levels, read where the head left them."""
+"""What the one-stage detectors share: rows of all pyramid levels, read where the head left them.
+
+Letters: N images, L levels of H x W cells with A anchors each, R anchors of an image, F foreground
+ones of a batch, K classes.
+"""
 
 from collections.abc import Sequence
 from typing import Any

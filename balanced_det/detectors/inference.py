@@ -102,8 +102,7 @@ def region_detections(
     # Lines of one length: what an image lacks to the most proposals is absent.
     table = pad_sequence(scores.split(sizes), batch_first=True, padding_value=ABSENT)
     table = table.flatten(1)  # (N, C), C = max R_i K
-    starts = [0, *itertools.accumulate(sizes[:-1])]
-    first_row = on_device(starts, deltas.new_empty(0, dtype=torch.long))[:, None]  # (N, 1)
+    first_row = _begins(sizes, deltas)  # (N, 1)
 
     total = table.shape[1]
     wanted = total if detections_per_image < 0 else detections_per_image
@@ -161,16 +160,15 @@ def dense_detections(
         ``pred_classes``, by falling score. A score that is not a number is no detection.
     """
     sizes = [len(boxes) for boxes in anchors]
-    starts = [0, *itertools.accumulate(sizes[:-1])]  # anchor of each level
-    first = on_device(starts, deltas[0].new_empty(0, dtype=torch.long))[:, None]  # (L, 1)
-    corners = Boxes.cat(anchors).tensor
+    first = _begins(sizes, deltas[0])  # anchor of each level, (L, 1)
+    all_anchors = Boxes.cat(list(anchors)).tensor  # (R, 4)
     by_logits = criterion.scores_rise_with_logits and not isinstance(score_threshold, Tensor)
     while True:
         row, scores, classes, has_nan = _dense_candidates(
             logits, centerness, sizes, criterion, score_threshold, topk_per_level, by_logits
         )
         own = torch.cat(_picked(deltas, row, 4), dim=1)  # (N, L k, 4)
-        sources = corners[row + first].flatten(0, 2)
+        sources = all_anchors[row + first].flatten(0, 2)
         boxes = box2box_transform.apply_deltas(own.flatten(0, 1), sources).view_as(own)
         scores, classes = scores.flatten(1), classes.flatten(1)
         kept, position = _suppress(
@@ -300,6 +298,12 @@ def _picked(levels: Sequence[Tensor], row: Tensor, channels: int) -> list[Tensor
         level.unflatten(1, (num_anchors, channels)).flatten(3)[image, anchor[:, i], :, place[:, i]]
         for i, level in enumerate(levels)
     ]
+
+
+def _begins(sizes: Sequence[int], like: Tensor) -> Tensor:
+    """Return (len(sizes), 1) long: where each part begins when they stand one after the other."""
+    begins = [0, *itertools.accumulate(sizes[:-1])]
+    return on_device(begins, like.new_empty(0, dtype=torch.long))[:, None]
 
 
 def _scores(criterion: Criterion, logits: Tensor, centerness: Tensor | None) -> Tensor:

@@ -8,6 +8,8 @@ device, and only the text leaves it. It is the same, byte for byte.
 
 ``model(inputs)`` stays Detectron2's, with full-size ``pred_masks``. Who evaluates wraps the model
 in :class:`MasksAsRLE` and gets ``pred_masks_rle`` in their place.
+
+Letters: D detections with masks of M x M, H x W pixels of the image; T strips, L runs.
 """
 
 import itertools
@@ -65,10 +67,9 @@ class MasksAsRLE(nn.Module):
         :class:`RunLengths`.
         """
         model: Any = getattr(self.model, "module", self.model)
-        has_masks = isinstance(model, GeneralizedRCNN) and getattr(
-            model.roi_heads, "mask_on", False
-        )
-        if not has_masks or self.training:
+        if not isinstance(model, GeneralizedRCNN):
+            return self.model(batched_inputs)
+        if self.training or not getattr(model.roi_heads, "mask_on", False):
             return self.model(batched_inputs)
         outputs = []
         raw = model.inference(batched_inputs, do_postprocess=False)

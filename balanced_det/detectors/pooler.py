@@ -7,6 +7,8 @@ all of them. The regions are Detectron2's to float32 rounding.
 
 One difference is meant: with 16-bit features Detectron2 rounds the boxes to their type, which in
 bfloat16 moves a corner at pixel 1,000 by up to 2 pixels. Here boxes stay float32.
+
+Letters: T boxes of a batch, N images, C channels, Hl x Wl pixels of level l, S x S bins of a box.
 """
 
 import copy

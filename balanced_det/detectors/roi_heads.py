@@ -59,7 +59,8 @@ class BatchedROIHeads:
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Translate the config, see the class."""
-        # Before Detectron2 builds its own predictor, which would refuse some of them its way.
+        # Detectron2 builds its own predictor first, and fails on some values of these keys with an
+        # assertion; refused before that, they are named in a sentence.
         refuse_overridden_keys(cfg, "ROI_HEADS", REPLACED_KEYS)
         arguments = super().from_config(cfg, input_shape)  # type: ignore[misc]  # Detectron2's
         return {**arguments, "selection": proposal_selection(cfg)}

@@ -154,8 +154,7 @@ class TrainStep(SimpleTrainer):
         numbers = list(losses.values())
         if check_gradients:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            # The largest element, not a sum of squares, which may overflow where nothing is bad.
-            numbers += torch._foreach_norm(gradients, float("inf")) if gradients else []
+            numbers += _largest(gradients)
         bad = ~torch.stack([n.float() for n in numbers]).isfinite().all()
         seen = torch.stack([bad.float(), torch.full_like(bad, num_broken, dtype=torch.float32)])
         num_bad, num_broken = sum_over_workers(seen).tolist()
@@ -279,6 +278,18 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
             "SOLVER.AMP.ENABLED to False."
         )
     return _AMP_DTYPES[name]
+
+
+def _largest(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return scalars that are finite where all elements of the tensors are.
+
+    They are the largest elements, not sums of squares, which may overflow where nothing is bad.
+    """
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if tensors and tensors[0].device.type == "cpu":
+        # There the norm takes fifteen times as long.
+        return [scalar for tensor in tensors for scalar in torch.aminmax(tensor)]
+    return list(torch._foreach_norm(tensors, float("inf"))) if tensors else []
 
 
 def _first(names: list[str], count: int = 3) -> list[str]:

@@ -70,9 +70,8 @@ def analyse_errors(
     order = np.argsort(detections.image, kind="stable")
     starts = np.searchsorted(detections.image[order], [images, images + 1])  # (2, images)
     for image, start, end in zip(images.tolist(), *starts.tolist()):
-        rows = order[start:end]
-        scores, boxes = detections.scores[rows], np.asarray(detections.boxes)[rows]
-        collected.update(image, detections.category[rows], scores, boxes)
+        found = detections.take(order[start:end])
+        collected.update(image, found.category, found.scores, found.boxes)
     entries, objects, rows = collected.all()
     classes = len(truth.categories)
     if not objects or not len(rows):

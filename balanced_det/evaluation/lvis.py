@@ -73,6 +73,7 @@ class ClassResult:
         ar: recall of the counted detections, averaged over the same IoUs, a fraction.
         f1: the best F1 at IoU 0.50 of all score thresholds, a fraction.
         threshold: the score threshold that gives it; NaN where no detection is right.
+        objects: how many there are to find.
     """
 
     category_id: int
@@ -82,6 +83,7 @@ class ClassResult:
     ar: float = ABSENT
     f1: float = ABSENT
     threshold: float = float("nan")
+    objects: int = 0
 
 
 @dataclass(frozen=True)
@@ -368,7 +370,7 @@ class Matcher:
         self._match_rest()
         evaluation = self._state.finalize()
         evaluation.accumulate()
-        curves = evaluation.eval
+        curves = evaluation.eval or {}
         precision = np.asarray(curves["precision"])[..., 0]  # (10 IoUs, 101 recalls, K, 4 sizes)
         recall = np.asarray(curves["recall"])[..., 0]  # (10 IoUs, K, 4 sizes)
         scores = np.asarray(curves["scores"])[0, :, :, 0, 0]  # (101 recalls, K), at IoU 0.50
@@ -609,12 +611,17 @@ def _class_results(
     f1 = 2 * precision_50 * recalls / np.maximum(precision_50 + recalls, 1e-12)
     best = f1.argmax(axis=0)[None]  # (1, K)
     best_f1, threshold = (np.take_along_axis(x, best, 0)[0].tolist() for x in (f1, scores))
+    counted = _objects(truth)
+    counted = counted[~(truth.crowd | truth.ignore)[counted]]
+    objects = np.bincount(truth.category[counted], minlength=len(ap)).tolist()
     rows = []
     for c, (category, group) in enumerate(zip(truth.categories, groups)):
         f1_of_class = ABSENT if ap[c] == ABSENT else best_f1[c]
         score = threshold[c] if f1_of_class > 0 else float("nan")
         rows.append(
-            ClassResult(category.id, category.name, group, ap[c], ar[c], f1_of_class, score)
+            ClassResult(
+                category.id, category.name, group, ap[c], ar[c], f1_of_class, score, objects[c]
+            )
         )
     return rows
 

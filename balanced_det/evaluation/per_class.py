@@ -13,6 +13,7 @@ from tabulate import tabulate
 from .lvis import ABSENT, ClassResult, LVISResult
 
 _NUMBERS = ("AP", "AR", "F1", "threshold")
+_FACTS = ("name", "group", "train_images", "test_objects")  # of a class, whatever the task
 
 
 def class_rows(
@@ -25,9 +26,9 @@ def class_rows(
         train_images: category id -> training images that hold the class, where it is known.
 
     Returns:
-        ``{"category_id", "name", "group", "train_images", "bbox": {"AP", "AR", "F1",
-        "threshold"}, "segm": ...}``. AP, AR and F1 are in percent, the threshold is a score; NaN
-        where a class has no object to find or no detection is right.
+        ``{"category_id", "name", "group", "train_images", "test_objects", "bbox": {"AP", "AR",
+        "F1", "threshold"}, "segm": ...}``. AP, AR and F1 are in percent, the threshold is a score;
+        NaN where a class has no object to find or no detection is right.
     """
     rows = []
     for of_class in zip(*(result.classes for result in results.values())):
@@ -38,6 +39,7 @@ def class_rows(
                 "name": first.name,
                 "group": first.group,
                 "train_images": (train_images or {}).get(first.category_id),
+                "test_objects": first.objects,
                 **{task: _numbers(one) for task, one in zip(results, of_class)},
             }
         )
@@ -61,13 +63,14 @@ def _numbers(of_class: ClassResult) -> dict[str, Any]:
 def class_table(rows: Sequence[Mapping], tasks: Sequence[str]) -> str:
     """Return AP of each class as text; two classes a line, as Detectron2 prints classes."""
     cells: list[list[Any]] = [
-        ["-" if row[key] is None else row[key] for key in ("name", "group", "train_images")]
+        ["-" if row[key] is None else row[key] for key in _FACTS]
         + [row[task]["AP"] for task in tasks]
         for row in rows
     ]
     half = (len(cells) + 1) // 2
     lines = [left + right for left, right in zip(cells[:half], [*cells[half:], []])]
-    headers = ["class", "group", "train images", *(f"AP {task}" for task in tasks)] * 2
+    facts = ["class", "group", "train images", "test objects"]
+    headers = [*facts, *(f"AP {task}" for task in tasks)] * 2
     return tabulate(lines, headers=headers, tablefmt="pipe", floatfmt=".3f", numalign="left")
 
 
@@ -77,10 +80,10 @@ def class_csv(rows: Sequence[Mapping], results: Mapping[str, LVISResult]) -> str
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     numbers = [f"{task}_{name}" for task in tasks for name in _NUMBERS]
-    writer.writerow(["category_id", "name", "group", "train_images", *numbers, "protocol"])
+    writer.writerow(["category_id", *_FACTS, *numbers, "protocol"])
     protocol = "; ".join(protocol_text(result.protocol) for result in results.values())
     for row in rows:
-        values = [row[key] for key in ("category_id", "name", "group", "train_images")]
+        values = [row[key] for key in ("category_id", *_FACTS)]
         values += [row[task][name] for task in tasks for name in _NUMBERS]
         values = ["" if value is None or value != value else value for value in values]
         writer.writerow([*values, protocol])
@@ -112,7 +115,7 @@ def write_results(
     protocol = {task: result.protocol for task, result in results.items()}
     classes = [
         {
-            **{key: row[key] for key in ("name", "group", "train_images")},
+            **{key: row[key] for key in _FACTS},
             **{task: row[task]["AP"] for task in results},
         }
         for row in rows

@@ -12,9 +12,11 @@ from ..priors import prior_bias
 from ..rows import foreground
 from .base import ClassificationLoss, add, upcast
 
-# The gradient of float16 logits is float16, and made before a gradient scaler's factor reaches it.
-# Divided by thousands of rows it would vanish below 6e-8; made this much larger, it does not, and
-# the division follows together with the scaler's factor. A power of two rounds nothing.
+# The pass makes the gradient of float16 logits in float16, whose least number is 6e-8, before the
+# gradient scaler of automatic mixed precision has multiplied the loss. A gradient of 1e-3 divided
+# by 100,000 rows would be 0 there. So the pass multiplies by this number instead of dividing by the
+# normalizer, and both are made good by one factor of the loss, which backward brings together with
+# the scaler's. A power of two changes no digit.
 _FLOAT16_SCALE = 2.0**12
 
 

@@ -16,6 +16,9 @@ weigh classes by the gradient they have had; the same read sums it.
 Two implementations share one meaning: plain torch (:mod:`.reference`) and Triton kernels
 (:mod:`.triton_kernels`); :mod:`.choice` says which serves a call. :mod:`.nms` suppresses the
 overlapping boxes of many groups at once, :mod:`.roi_align` pools the features of boxes.
+
+Letters: R rows, K classes, B bins of the gradient length; a head leaves (N, A K, H, W), N images
+with A anchors in each of H x W cells.
 """
 
 import functools

@@ -3,6 +3,8 @@
 A convolutional head leaves its logits as (N, A*K, H, W); the losses see them as (N, H, W, A, K)
 through strides. Walking the tensor in its own memory order keeps reads coalesced and lets the
 gradient come back in the same layout, so that the convolution's backward needs no copy either.
+
+Letters: N images, A anchors in each of H x W cells, K classes.
 """
 
 import math

@@ -75,7 +75,8 @@ def loss_and_gradient(
             )
         loss, slope = _weighted_bce(x, factors, exponent, bin_weight, with_slope)
 
-        # The class of each foreground row as y = 1. Other rows rewrite what stands at class 0.
+        # Then the one element of each foreground row that has y = 1, by a scatter of one element a
+        # row. A row without such an element in this piece puts back what it read there.
         is_positive = ((label >= classes.start) & (label < classes.stop)).unsqueeze(-1)
         position = (label.unsqueeze(-1) - classes.start).clamp_(0, x.shape[-1] - 1)  # (*, 1)
         factors = [alpha, *(w if w is None else w[position] for w in (every, positive))]

@@ -7,6 +7,8 @@ makes the regions of all; another one makes the gradients of all levels.
 Two implementations share one meaning: torchvision, level by level, and Triton kernels
 (:mod:`.roi_align_triton`); see :mod:`.choice`. The kernels add up gradients in no fixed order, as
 torchvision's do; ``torch.use_deterministic_algorithms`` chooses torchvision's deterministic form.
+
+Letters: T boxes, N images, C channels, Hl x Wl pixels of level l, S x S bins of a box.
 """
 
 import functools

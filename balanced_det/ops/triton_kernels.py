@@ -98,7 +98,9 @@ def _load(start, numel, logits_ptr, labels_ptr,
           LEAD: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
     """Where BLOCK elements of (outer, K, inner) from start on lie; their logit, label and class."""
-    # Rows and classes are counted from those of the start, which only a large tensor needs.
+    # Divisions are of 32-bit numbers. A tensor of 2**31 elements and more (WIDE) has elements of
+    # larger numbers: there row and class of the program's first element are found by 64-bit
+    # division, and its others are numbered from that one. A smaller tensor is numbered from 0.
     element = start + tl.arange(0, BLOCK)
     first_row = 0
     first_k = 0

@@ -22,6 +22,8 @@ Two slips of it no option has. It sets a floor of -1 to 0 after its first image,
 for each batch: the first image of a batch has rows of IoU 0 in its lowest range, and the others
 keep them apart, as ``floor_threshold`` 0 does. And what it fills up where objects are short may be
 rows that it has taken already, so that it ends with a few less.
+
+Letters: N images, R rows of an image, B ranges of IoU.
 """
 
 from collections.abc import Sequence
@@ -100,14 +102,16 @@ class IoUBalancedSampler(Sampler):
         num_above, num_below = above.sum(dim=1), below.sum(dim=1)  # (N,)
         from_ranges = (number.double() * (1 - self.floor_fraction)).long()
         from_ranges = from_ranges.maximum(number - num_below).minimum(num_above)
-        # floor((n + b) / B), b = 0 ... B-1, add up to n (Hermite's identity).
+        # n rows in B shares that differ by one at most, the later ones larger, are
+        # floor((n + b) / B) for b = 0 ... B-1: 8 rows in 3 shares are 2, 3 and 3.
         index = torch.arange(self.num_bins, device=number.device)
         if self.as_published:
             index = torch.zeros_like(index)
         shares = (from_ranges.unsqueeze(1) + index) // self.num_bins  # (N, B)
         taken = take(ranges, chance.unsqueeze(1), shares, most).any(dim=1)  # (N, R)
         missing = from_ranges - taken.sum(dim=1)
-        # A chance of their own: those of the rows left over are the low ones of their range.
+        # By new random numbers: the rows that are left have the low ones of their range, so that by
+        # the old numbers a range of which many were taken would hardly get another.
         taken |= take(above & ~taken, uniform(chance, generator), missing, most)
         if self.floor_threshold is not None:
             taken |= take(below, chance, number - from_ranges, most)
@@ -121,7 +125,7 @@ class IoUBalancedSampler(Sampler):
         above = background & ((ious > 0) if self.floor_threshold == 0 else (ious >= floor))
         counted = rows.takes_part if self.as_published else above
         largest = (ious * counted).amax(dim=1, keepdim=True)  # (N, 1)
-        # Where all IoUs are equal, all are in the lowest range.
+        # Where the floor is the largest IoU, the width is not 0, and all rows are in range 0.
         width = ((largest - floor) / self.num_bins).clamp(min=torch.finfo(ious.dtype).tiny)
         place = ((ious - floor) / width).long().clamp(min=0)  # (N, R)
         if not self.as_published:
@@ -137,7 +141,8 @@ class IoUBalancedSampler(Sampler):
         generator: torch.Generator | None,
     ) -> torch.Tensor:
         """Return the priority (N, R) by which ``number`` (N,) rows are taken of the objects."""
-        # Sorted by object, and at random within it; half the chance never reaches the next object.
+        # Sorted by object, and at random within one: of objects 0 and 1 the keys are 0 to 0.5 and 1
+        # to 1.5, so no rounding makes a row of object 0 one of object 1.
         keys = torch.where(rows.foreground, rows.known("matched") + chance / 2, torch.inf)
         keys, order = keys.sort(dim=1)
         place = torch.arange(keys.shape[1], device=keys.device)
@@ -148,7 +153,7 @@ class IoUBalancedSampler(Sampler):
             rank = (turn < most.unsqueeze(1)).float()
         else:
             rank = -turn
-        # Which objects give the last rows is drawn anew.
+        # Rows of one turn are of different objects; new random numbers say which come first.
         priority = rank + uniform(chance, generator)
         return torch.empty_like(priority).scatter_(1, order, priority)
 
