@@ -302,8 +302,9 @@ def _about_imbalance(a):
 
 # What docs/results.md measured on photographs: EQL was behind its control.
 _EQL_LATER = (
-    "EQL is not what to try first: on photographs it was behind BinaryCrossEntropyLoss at the same "
-    "prior and weight, its control. If you compare the two on this data,"
+    "EQL is not what to try first: on photographs, with nearly all classes tail, it was behind "
+    "BinaryCrossEntropyLoss at the same prior and weight, its control. If you compare the two on "
+    "this data,"
 )
 
 
