@@ -1,5 +1,5 @@
 # make demo      generate a long-tailed data set, train a detector with EQL on it, evaluate it
-# make test      lint, and the tests that take less than ten seconds each: 5 minutes on 2 cores
+# make test      lint, and the tests that take less than ten seconds each
 # make test-all  lint, and all tests: what CI runs
 # make test-gpu  the tests that need a CUDA device
 # make lint      lint and types alone
