@@ -1,6 +1,7 @@
 """Looking at data before training, and writing a config for it: what is said rests on the data."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -103,7 +104,8 @@ def test_lvis_threshold_is_named_where_it_would_do_nothing(tmp_path):
     # 100 images of 400; four of eight classes are in fewer.
     assert "TAIL_THRESHOLD to 0.251, which makes 4 of 8 classes tail" in found.text
     assert "0.00177 is LVIS's number and would make 0 of 8 classes tail" in found.text
-    assert found.kind == "do"
+    # On photographs EQL was behind its control: it is no suggestion.
+    assert "behind BinaryCrossEntropyLoss" in found.text and found.kind == "note"
     # What it says is what the loss would do.
     share = np.array(counts) / 400
     assert (share < 0.251).sum() == 4 and (share < 0.00177).sum() == 0
@@ -113,7 +115,35 @@ def test_a_share_is_suggested_where_all_classes_are_small(tmp_path):
     counts = [60] + [3 + i for i in range(20)]
     data = many(tmp_path / "a.json", [f"class {i}" for i in range(21)], counts, 200)
     found = conclusions(analyze.analyze_file(data, row_images=0))["tail threshold"]
-    assert "TAIL_SHARE" in found.text and "20 of 21" in found.text and found.kind == "do"
+    assert "TAIL_SHARE" in found.text and "20 of 21" in found.text
+    assert "behind BinaryCrossEntropyLoss" in found.text and found.kind == "note"
+
+
+def test_sampling_and_the_cosine_classifier_come_before_any_loss(tmp_path):
+    counts = [400, 300, 200, 150, 90, 60, 20, 5]
+    data = many(tmp_path / "a.json", [f"class {i}" for i in range(8)], counts, 500)
+    found = conclusions(analyze.analyze_file(data, row_images=0))
+    topics = ["sampler", "class-aware sampling", "classifier", "tail threshold"]
+    assert [topic for topic in found if topic in topics] == topics
+    assert "--with cosine" in found["classifier"].text
+    # 90, 60, 20 and 5.
+    assert "4 of 8 classes are in at most 100" in found["classifier"].numbers
+    # 400 of the 500 images hold an object. The first five hold all classes: 1 / (8 n) of each.
+    often = 400 / 8 * sum(1 / n for n in counts)
+    # Classes nest: all 8 / 8 of the draws hold the first class, on as many images as there are.
+    numbers = found["class-aware sampling"].numbers
+    assert f"of “class 7” {often:.3g} times" in numbers and "of “class 0” 1 times" in numbers
+    assert "cost the frequent ones" in found["class-aware sampling"].text
+
+
+def test_a_dense_detector_is_not_advised_a_classifier_that_it_has_no_place_for(tmp_path):
+    data = many(tmp_path / "a.json", ["a", "b"], [300, 5], 300)
+    analysis = analyze.analyze_file(data, row_images=0)
+    for name, advised in (("retinanet", False), ("faster_rcnn", True)):
+        cfg = load_config(f"configs/shapes/{name}.yaml")
+        found = conclusions(dataclasses.replace(analysis, config=cfg))
+        assert ("classifier" in found) == advised
+        assert "class-aware sampling" in found
 
 
 def test_balanced_classes_are_left_alone(tmp_path):
@@ -122,6 +152,7 @@ def test_balanced_classes_are_left_alone(tmp_path):
     assert "about equally frequent" in found["imbalance"].text
     assert "would repeat nothing" in found["sampler"].text
     assert "no tail" in found["tail threshold"].text
+    assert "classifier" not in found and "class-aware sampling" not in found
 
 
 def test_classes_of_many_objects_in_as_many_images_are_told_apart(tmp_path):
@@ -253,7 +284,7 @@ def test_each_choice_of_a_new_config_is_told_with_its_number(generated, tmp_path
     for (size,) in content["MODEL"]["ANCHOR_GENERATOR"]["SIZES"]:
         assert str(size) in told
     assert content["DATASETS"]["TEST"] == []
-    assert content["SOLVER"]["BASE_LR"] == 0.03  # 0.06 for a batch of 8
+    assert content["SOLVER"]["BASE_LR"] == 0.01  # 0.02 for a batch of 8
 
 
 def test_analysis_suggests_what_new_writes(generated, tmp_path):

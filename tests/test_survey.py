@@ -17,7 +17,10 @@ from records import make_records
 from balanced_det.data import advice as rules
 from balanced_det.data import survey
 from balanced_det.data.statistics import dataset_statistics, frequency_group, objects
-from balanced_det.data.training_samplers import instance_aware_repeat_factors
+from balanced_det.data.training_samplers import (
+    ClassAwareTrainingSampler,
+    instance_aware_repeat_factors,
+)
 from balanced_det.detectors.anchor_fit import fit_anchors
 from balanced_det.errors import InputError
 
@@ -116,6 +119,17 @@ def test_irfs_repeats_are_those_of_its_sampler(threshold):
     expected = instance_aware_repeat_factors(RECORDS, threshold)
     # Ours from float32 frequencies: relative error 6e-8 under the square roots.
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+def test_class_aware_draws_are_those_of_its_sampler():
+    number = 200_000
+    stream = itertools.islice(ClassAwareTrainingSampler(RECORDS, seed=0), number)
+    drawn = np.bincount(list(stream), minlength=len(RECORDS)) / number
+    expected = survey.class_aware_draws(DATA) / len(RECORDS)
+    assert expected.sum() == pytest.approx(1)
+    # Five standard deviations of a share of so many draws.
+    assert (np.abs(drawn - expected) <= 5 * np.sqrt(expected / number)).all()
+    assert np.ptp(expected) > 0.01  # not the same for all images
 
 
 def test_groups_are_those_of_lvis_at_its_limits():

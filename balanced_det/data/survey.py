@@ -177,6 +177,23 @@ def image_repeats(data: Columns, repeats: np.ndarray) -> np.ndarray:
     return result
 
 
+def class_aware_draws(data: Columns) -> np.ndarray:
+    """Return how often class-aware sampling draws each image beside plain sampling.
+
+    It draws a class that occurs, then an image that holds it (arXiv 1512.05830, section 3.3), so
+    an image comes with the probability sum over its classes of 1 / (K n_c).
+
+    Returns:
+        (N,) float of mean 1; 0 for an image without an object. Plain sampling has 1 for all.
+    """
+    image, category = np.unique(np.stack([data.image, data.category]), axis=1)
+    _, place, count = np.unique(category, return_inverse=True, return_counts=True)
+    probability = np.bincount(
+        image, weights=1 / (len(count) * count[place]), minlength=data.num_images
+    )
+    return probability * data.num_images
+
+
 def group_names(image_count: np.ndarray, limits: tuple[int, int]) -> list[str]:
     """Return "rare", "common" or "frequent" for each class; limits are included below.
 

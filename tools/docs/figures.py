@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from balanced_det import losses, priors
 from balanced_det.calibration import normalized_calibration, prior_correction
+from balanced_det.cosine import CosineLinear
 from balanced_det.data.shapes import class_image_counts
 from balanced_det.losses.box.balanced_l1 import balanced_l1_loss
 from balanced_det.selection import Quota, Rows
@@ -173,6 +174,24 @@ def seesaw(mitigation, compensation):
     compensation.plot(odds.exp(), torch.cat(factor)[:, 1].exp(), color=ORANGE)
     compensation.set(xlabel="score of j / of i", title="compensation", xscale="log", yscale="log")
     compensation.set_ylim(bottom=0.5)
+
+
+@figure(panels=2)
+def cosine(linear, normalized):
+    """The logit of a class by the angle of its weights, of a linear layer and of cosines."""
+    angle = torch.linspace(0, torch.pi, 100)
+    features = 4 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    for axes, layer in ((linear, torch.nn.Linear(2, 1)), (normalized, CosineLinear(2, 1))):
+        torch.nn.init.zeros_(layer.bias)
+        # On the right the three curves are one.
+        for length, colour, line in ((3, ORANGE, "-"), (1.5, BLUE, "--"), (0.5, GREEN, ":")):
+            layer.weight.data = torch.tensor([[length, 0.0]])
+            logits = layer(features).detach().squeeze(1)
+            axes.plot(angle.rad2deg(), logits, line, color=colour, label=f"{length:g}")
+        axes.set(xlabel="angle, degrees", xticks=[0, 90, 180], ylim=(-22, 22))
+    linear.set(ylabel="logit", title="linear layer")
+    normalized.set(title="cosine classifier")
+    normalized.legend(title="length of weights", loc="lower left")
 
 
 @figure()
