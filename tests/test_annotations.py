@@ -326,3 +326,10 @@ def test_reading_needs_neither_torch_nor_detectron2():
         "assert not {'torch', 'detectron2'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_folder_in_the_place_of_annotations_is_told_once(tmp_path):
+    with pytest.raises(InputError) as refused:
+        read_annotations(tmp_path)
+    message = f"The annotation file '{tmp_path}' cannot be read: it is no regular file."
+    assert str(refused.value) == message

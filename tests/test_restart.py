@@ -82,12 +82,12 @@ def run(*arguments, **changes):
     return done
 
 
-def kill_at(iteration, data, out, detector, *flags):
+def kill_at(iteration, data, out, detector, *flags, **changes):
     """Start a run and kill it, at once and hard, when its log says that it reached an iteration."""
     # The period of Detectron2's writers is 20 iterations; checkpoints are told at once.
     done = out / f"model_{iteration:07d}.pth"
     process = subprocess.Popen(
-        command(data, out, detector, *flags),
+        command(data, out, detector, *flags, **changes),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -228,8 +228,7 @@ def test_processes_killed_and_resumed_end_as_the_uninterrupted_ones(
         assert exact_state_of(whole / middle)["scaler"] != expected["scaler"]
 
     # Killed for real, all processes at once.
-    texts = [str(text) for pair in keys.items() for text in pair]
-    kill_at(2, data, killed, detector, *flags, *texts)
+    kill_at(2, data, killed, detector, *flags, **keys)
     run(data, killed, detector, *flags, "--resume", **keys)
     assert exact_state_of(killed / "model_final.pth")["iteration"] == expected["iteration"]
     if device == "cpu":

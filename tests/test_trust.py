@@ -320,6 +320,12 @@ def test_resuming_without_a_checkpoint_asks_for_a_key(data, tmp_path):
     check_run(cfg, resume=True)
 
 
+def test_resuming_a_run_of_another_model_is_refused(data, trained):
+    cfg = config(data, trained, MODEL__FPN__OUT_CHANNELS=24)
+    with pytest.raises(InputError, match="--resume: the checkpoint in .* is of another model"):
+        check_run(cfg, resume=True)
+
+
 def test_run_over_another_asks_for_a_key(data, trained):
     cfg = config(data, trained)
     with pytest.raises(InputError, match="model_final.pth' of another run.*BALANCE.OVERWRITE"):

@@ -98,7 +98,7 @@ FASTER = [
     ("DATALOADER.NUM_WORKERS", {}, -1, 1.5),
     ("DATALOADER.SAMPLER_TRAIN", {}, "Sampler", ""),
     ("DATALOADER.REPEAT_THRESHOLD", REPEAT, -1, NAN),
-    ("DATALOADER.RANDOM_SUBSET_RATIO", SUBSET, 0.0, 2.0, NAN),
+    ("DATALOADER.RANDOM_SUBSET_RATIO", SUBSET, 0.0, 2.0, NAN, 0.001),
     ("SOLVER.LR_SCHEDULER_NAME", {}, "Cosine", "WarmupStepWithFixedGammaLR", ""),
     ("SOLVER.MAX_ITER", {}, -1, 0, 1.5),
     ("SOLVER.BASE_LR", {}, -1, NAN, INF, "x"),

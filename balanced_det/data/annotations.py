@@ -215,6 +215,8 @@ def read_bytes(path: str, kind: str) -> bytes:
             raise InputError(f"{named} cannot be read: it is no regular file.")
         with open(path, "rb") as file:
             return file.read()
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{named} does not exist.") from None
     except OSError as error:

@@ -275,6 +275,12 @@ class Checkpointer(DetectionCheckpointer):
                 )
         incompatible = super()._load_model(checkpoint)
         wrong_shape = [name for name, *_ in incompatible.incorrect_shapes]
+        parameters = {name for name, _ in self.model.named_parameters()}
+        if self._resuming and (lacking := parameters & {*incompatible.missing_keys, *wrong_shape}):
+            raise InputError(
+                f"--resume: the checkpoint in '{self.save_dir}' is of another model: it has no "
+                f"'{min(lacking)}' of the shape that this config builds."
+            )
         self.untouched = [*incompatible.missing_keys, *wrong_shape]
         return incompatible
 

@@ -201,7 +201,14 @@ def _check_loader(cfg, num_workers):
 def _check_sampler(cfg):
     name = cfg.DATALOADER.SAMPLER_TRAIN
     _check_choice("DATALOADER.SAMPLER_TRAIN", name, TRAIN_SAMPLERS)
-    has_objects = training_statistics(cfg).instance_count.any()
+    statistics = training_statistics(cfg)
+    ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+    if name == "RandomSubsetTrainingSampler" and int(statistics.num_images * ratio) < 1:
+        raise InputError(
+            f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}; of {statistics.num_images} images that is "
+            "not one."
+        )
+    has_objects = statistics.instance_count.any()
     if name == "ClassAwareTrainingSampler" and not has_objects:
         raise InputError(f"DATALOADER.SAMPLER_TRAIN: {name} needs an object; there is none.")
 
