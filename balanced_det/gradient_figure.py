@@ -8,9 +8,12 @@ is needed only here, and only when ``BALANCE.GRADIENT_FIGURE_PERIOD`` asks for t
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 
 import numpy as np
 from detectron2.engine import HookBase
+from matplotlib.figure import Figure
+from torch import nn
 
 from .errors import InputError
 from .losses import GradientDensity
@@ -35,7 +38,7 @@ class PlotGradients(HookBase):
         InputError: for a period below 1, or without matplotlib.
     """
 
-    def __init__(self, period, output_dir):
+    def __init__(self, period: int, output_dir: str):
         if period < 1:
             raise InputError(f"BALANCE.GRADIENT_FIGURE_PERIOD must be at least 1, not {period}.")
         if importlib.util.find_spec("matplotlib") is None:
@@ -46,7 +49,7 @@ class PlotGradients(HookBase):
         self.period = period
         self.folder = os.path.join(output_dir, "gradients")
 
-    def before_train(self):
+    def before_train(self) -> None:
         """Say so when there is nothing to draw."""
         if not any(gradient_densities(self.trainer.model)):
             logger.warning(
@@ -55,7 +58,7 @@ class PlotGradients(HookBase):
                 self.period,
             )
 
-    def after_step(self):
+    def after_step(self) -> None:
         """Draw when the period is over. A loss that has seen no foreground row yet is left out."""
         iteration = self.trainer.iter
         if (iteration + 1) % self.period:
@@ -69,7 +72,7 @@ class PlotGradients(HookBase):
             self.trainer.storage.put_image(f"gradients/{name}", _pixels(figure))
 
 
-def gradient_densities(model):
+def gradient_densities(model: nn.Module) -> Iterator[tuple[str, str, GradientDensity]]:
     """Yield (name, class, density) of every loss of ``model`` that harmonizes gradients.
 
     The name is that of the module without "criterion": "proposal_generator.box_losses.0"; it starts
@@ -82,7 +85,7 @@ def gradient_densities(model):
             yield f"{owner or 'dense.'}{slot}", type(module).__name__, density
 
 
-def draw_gradients(density, title):
+def draw_gradients(density: GradientDensity, title: str) -> Figure:
     """Return the matplotlib figure of a :class:`~balanced_det.losses.GradientDensity`.
 
     Totals count every element of a bin with the length at its centre, so that of the first bin,

@@ -3,6 +3,7 @@
 import logging
 import re
 import traceback
+from typing import Any
 
 from .errors import printable
 
@@ -17,7 +18,7 @@ class PrintableRecord(logging.LogRecord):
     colour that a handler gives to a line's beginning is the handler's own, and stays.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.exc_info:
             # What handlers print in the place of making it themselves.

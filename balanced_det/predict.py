@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -177,7 +178,7 @@ def serve(
     return Served(path, cfg, names, ids, points)
 
 
-def predictor_config(checkpoint: str | os.PathLike, **options) -> CfgNode:
+def predictor_config(checkpoint: str | os.PathLike, **options: Any) -> CfgNode:
     """Return a config with which Detectron2's ``DefaultPredictor`` serves a checkpoint.
 
     Its ``metadata`` then have the class names. Arguments and errors are those of :func:`serve`.
@@ -342,7 +343,7 @@ class Predictions:
             "annotations": [],
         }
 
-    def add(self, file_name: str, size: tuple[int, int], found: Instances, **more) -> None:
+    def add(self, file_name: str, size: tuple[int, int], found: Instances, **more: Any) -> None:
         """Add an image and what was found in it.
 
         Args:

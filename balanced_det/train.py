@@ -3,10 +3,13 @@
 The command line is Detectron2's own, see ``train_net.py``.
 """
 
+import argparse
 import logging
 import os
 import sys
+from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -29,14 +32,14 @@ from .logs import escape_log_records
 from .run_report import report_run
 
 
-def configure(args):
+def configure(args: argparse.Namespace) -> CfgNode:
     """Return the frozen config of a command line, with its data sets registered."""
     cfg = load_config(args.config_file, args.opts, fragments=args.fragments)
     cfg.freeze()
     return cfg
 
 
-def work(args):
+def work(args: argparse.Namespace) -> Any:
     """Train or evaluate, in each process."""
     escape_log_records()
     cfg = configure(args)
@@ -50,7 +53,7 @@ def work(args):
         model = trainer_of(cfg).build_model(cfg, count=False)
         load_trained(model, cfg, args.resume)
         with in_a_sentence("The evaluation failed", cfg):
-            results = trainer_of(cfg).test(cfg, model)
+            results: Any = trainer_of(cfg).test(cfg, model)
             if cfg.TEST.AUG.ENABLED:
                 results = {**results, **trainer_of(cfg).test_with_augmentation(cfg, model)}
     else:
@@ -65,7 +68,7 @@ def work(args):
     return results
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Check the whole command line, then launch :func:`work` in as many processes as it asks for.
 
     What is wrong is an :class:`InputError` here, before anything is written.

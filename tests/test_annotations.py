@@ -58,7 +58,11 @@ def edited(draw, content):
     return content
 
 
-@pytest.mark.parametrize("name", sorted(fuzz.READERS))
+# What is edited are values: of files that are no pictures.
+OF_JSON = sorted(name for name, reader in fuzz.READERS.items() if reader.suffix == ".json")
+
+
+@pytest.mark.parametrize("name", OF_JSON)
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_an_edited_file_is_used_or_refused_in_a_sentence(name, data):

@@ -1,4 +1,4 @@
-"""Tracing by Detectron2's ``TracingAdapter``, as its own export tests have it, on our detectors."""
+"""Tracing by Detectron2's ``TracingAdapter``, ONNX, and ``torch.export`` as far as its own go."""
 
 import pytest
 import torch
@@ -83,3 +83,43 @@ def test_traced_batch_lets_the_proposals_of_each_image_vary(name):
         found = wrapper.outputs_schema(traced(*others))
         for one, other in zip(found, expected, strict=True):
             assert_instances_allclose(one, other, rtol=1e-4, size_as_tensor=True)
+
+
+PYRAMID = {"MODEL.BACKBONE.NAME": "build_balanced_pyramid_backbone"}
+
+
+@pytest.mark.parametrize("pyramid", [False, True], ids=["FPN", "balanced pyramid"])
+@pytest.mark.parametrize("name", ["faster", "retinanet"])
+def test_backbone_is_exported_as_detectron2s_is(name, pyramid):
+    """Whole detectors are not, ours or Detectron2's: how many boxes there are depends on pixels."""
+    keys = {}
+    if pyramid:
+        inner = config(DETECTORS[name]).MODEL.BACKBONE.NAME
+        keys = {**PYRAMID, "BALANCE.PYRAMID.BACKBONE": inner}
+    torch.manual_seed(0)
+    backbone = build_model(config(DETECTORS[name], keys)).backbone.eval()
+    image = torch.rand(1, 3, 96, 128)
+    with torch.no_grad():
+        exported = torch.export.export(backbone, (image,), strict=False).module()
+        other = torch.rand(1, 3, 96, 128)
+        found, expected = exported(other), backbone(other)
+    assert found.keys() == expected.keys()
+    for level, features in expected.items():
+        # The same operations; one that is written otherwise may round otherwise, by some 1e-6.
+        torch.testing.assert_close(found[level], features, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detector_becomes_an_onnx_model_by_tracing_as_detectron2s_do(name, tmp_path):
+    """By the exporter that traces; the one that begins with ``torch.export`` takes none of them."""
+    onnx = pytest.importorskip("onnx")
+    model = build(name)
+    image = batch((1,), seed=1)[0]["image"]
+    wrapper = TracingAdapter(model, image, postprocessed).eval()
+    path = tmp_path / "model.onnx"
+    with torch.no_grad(), patch_builtin_len():
+        torch.onnx.export(wrapper, (image,), path, dynamo=False, opset_version=16)
+    onnx.checker.check_model(path, full_check=False)
+    (given,) = onnx.load(path).graph.input
+    assert [side.dim_value for side in given.type.tensor_type.shape.dim] == list(image.shape)

@@ -556,7 +556,6 @@ def test_task_that_is_not_served_is_refused(data, tmp_path, key, value):
         check_run(config(data, tmp_path / "out", **{key: value}))
 
 
-@pytest.mark.slow
 def test_augmentation_at_test_time_is_served_as_detectron2_does(data, trained, tmp_path):
     cfg = config(
         data,

@@ -3,11 +3,12 @@
 import argparse
 import itertools
 import re
+from collections.abc import Sequence
 
 from detectron2.engine import default_argument_parser
 
 
-def parse_args(arguments=None) -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return Detectron2's arguments and ``fragments``, the names given to ``--with``.
 
     Args:

@@ -5,11 +5,12 @@ import importlib
 import importlib.util
 import os
 import sys
+from typing import Any
 
 from ..errors import InputError
 
 
-def resolve_imports(names, folder: str) -> list[str]:
+def resolve_imports(names: Any, folder: str) -> list[str]:
     """Return names in which a .py file that lies relative to ``folder`` has its absolute path.
 
     Args:

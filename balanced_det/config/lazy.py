@@ -13,6 +13,7 @@ import builtins
 import copy
 import inspect
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
@@ -64,7 +65,7 @@ def lazy_config(cfg: CfgNode) -> Any:
     return cfg.__dict__.get("lazy")
 
 
-def load_lazy_config(config_file: str, opts=()) -> CfgNode:
+def load_lazy_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Read a Python config, change it by ``path.key=value`` texts, and return the run's config.
 
     Args:

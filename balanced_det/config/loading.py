@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -47,7 +49,9 @@ class Origin:
     slots: dict
 
 
-def load_config(config_file: str, opts=(), *, fragments=(), **overrides) -> CfgNode:
+def load_config(
+    config_file: str, opts: Sequence[str] = (), *, fragments: Sequence[str] = (), **overrides: Any
+) -> CfgNode:
     """Read a config file of this project and register the data sets that it names.
 
     Args:

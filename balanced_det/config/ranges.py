@@ -7,6 +7,7 @@ list, each number has to lie inside. Parameters of methods are checked by their 
 import functools
 import math
 import operator
+from typing import Any
 
 from detectron2.config import CfgNode
 
@@ -174,7 +175,7 @@ def check_ranges(cfg: CfgNode) -> None:
                 raise InputError(f"{key} is {value}; it must lie in {interval}{off}.")
 
 
-def flat(value) -> list:
+def flat(value: Any) -> list:
     """Return what is in a list and the lists in it, or a list of the value where it is none."""
     if not isinstance(value, (list, tuple)):
         return [value]
@@ -196,6 +197,6 @@ def inside(number: float, interval: str) -> bool:
     return is_number(number) and after(number, low) and before(number, high)
 
 
-def is_number(value) -> bool:
+def is_number(value: Any) -> bool:
     """Say whether a value is a number, and no NaN."""
     return isinstance(value, (int, float)) and not math.isnan(value)

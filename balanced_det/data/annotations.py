@@ -30,6 +30,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -225,7 +226,7 @@ def read_bytes(path: str, kind: str) -> bytes:
 # --- Values ---------------------------------------------------------------------------------------
 
 
-def integer(value) -> int | None:
+def integer(value: Any) -> int | None:
     """Return ``value`` where it is an integer, 3.0 included; None for anything else.
 
     Numbers of numpy are fine; true is none, nor is what needs more than 64 bits.
@@ -246,7 +247,7 @@ def integer(value) -> int | None:
     return value if -_MAX_ID <= value <= _MAX_ID else None
 
 
-def number(value) -> float | None:
+def number(value: Any) -> float | None:
     """Return ``value`` as a float where it is a number, NaN too; None for text, true and others."""
     if value.__class__ is float:
         return value
@@ -261,7 +262,7 @@ def number(value) -> float | None:
 _FLOAT = {float}
 
 
-def box(value) -> list[float] | None:
+def box(value: Any) -> list[float] | None:
     """Return four numbers as floats, NaN and infinity among them; None for anything else."""
     if value.__class__ is list and len(value) == 4 and _FLOAT.issuperset(map(type, value)):
         return value
@@ -273,7 +274,7 @@ def box(value) -> list[float] | None:
     return numbers if len(numbers) == 4 else None
 
 
-def shortened(value, length: int = 80) -> str:
+def shortened(value: Any, length: int = 80) -> str:
     """Return a text of ``value`` for a message, however long or deeply nested it is."""
     try:
         text = repr(value)

@@ -12,7 +12,7 @@ import logging
 import signal
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import cache
 from typing import Any, cast
 
@@ -112,7 +112,7 @@ class BatchStream(torch.utils.data.Sampler):
         start: how many batches to leave out at the beginning.
     """
 
-    def __init__(self, sampler, batch_size: int, group: np.ndarray, start: int = 0):
+    def __init__(self, sampler: Iterable[int], batch_size: int, group: np.ndarray, start: int = 0):
         self.sampler = sampler
         self.batch_size = batch_size
         self.group = group
@@ -148,7 +148,7 @@ class TrainLoader:
         start: number of the first batch. Both are read when iteration begins.
     """
 
-    def __init__(self, cfg: CfgNode, mapper=None, sampler=None):
+    def __init__(self, cfg: CfgNode, mapper: Callable | None = None, sampler: Any = None):
         self.cfg = cfg
         self.build_sampler = sampler or _named_sampler
         self.mapper = NamingMapper(mapper or DatasetMapper(cfg, True))
@@ -253,7 +253,7 @@ class TestLoader:
 
     __test__ = False  # for pytest
 
-    def __init__(self, loader: Any, name: str):
+    def __init__(self, loader: torch.utils.data.DataLoader, name: str):
         self.loader = loader
         self.name = name
 

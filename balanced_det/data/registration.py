@@ -20,13 +20,14 @@ from itertools import compress
 
 import numpy as np
 import pycocotools.mask as mask_util
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO, _PREDEFINED_SPLITS_LVIS
 from detectron2.structures import BoxMode
 
 from ..errors import InputError, printable
 from .annotations import read_annotations
-from .statistics import dataset_statistics
+from .statistics import DatasetStatistics, dataset_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class _Read:
     odd_one_without_mask: str | None = None
 
 
-def register_datasets(cfg):
+def register_datasets(cfg: CfgNode) -> None:
     """Register what ``BALANCE.DATASETS`` lists, and Detectron2's names that ``DATASETS`` uses.
 
     Call it once the configuration is merged; calling it again with the same entries is fine.
@@ -98,7 +99,9 @@ def register_datasets(cfg):
                 )
 
 
-def load_detections(json_file, image_root, dataset_name=None, images_anywhere=False):
+def load_detections(
+    json_file: str, image_root: str, dataset_name: str | None = None, images_anywhere: bool = False
+) -> list[dict]:
     """Read a file in LVIS v0.5, LVIS v1 or COCO format.
 
     Category ids become contiguous, 0 ... K-1 in the order of the file's ids. Boxes without area or
@@ -168,7 +171,7 @@ def load_detections(json_file, image_root, dataset_name=None, images_anywhere=Fa
     return records
 
 
-def training_statistics(cfg):
+def training_statistics(cfg: CfgNode) -> DatasetStatistics:
     """Count the classes of ``DATASETS.TRAIN``, as they are after Detectron2's filtering.
 
     Args:
@@ -188,7 +191,7 @@ def training_statistics(cfg):
     )
 
 
-def num_classes(cfg):
+def num_classes(cfg: CfgNode) -> int:
     """Return K, the number of classes of ``DATASETS.TRAIN``, or without one of ``DATASETS.TEST``.
 
     Raises:
@@ -200,7 +203,7 @@ def num_classes(cfg):
     return len(_common_classes(tuple(names)))
 
 
-def check_num_classes(cfg, k, key, names=None):
+def check_num_classes(cfg: CfgNode, k: int, key: str, names: Sequence[str] | None = None) -> None:
     """Check that a configured number of classes is the data's.
 
     Args:
@@ -248,7 +251,7 @@ def check_same_classes(names: Sequence[str]) -> None:
         )
 
 
-def check_masks(cfg, eval_only=False):
+def check_masks(cfg: CfgNode, eval_only: bool = False) -> None:
     """Check that what ``MODEL.MASK_ON`` trains and evaluates has masks, where it is known.
 
     Args:
@@ -273,12 +276,12 @@ def check_masks(cfg, eval_only=False):
                 )
 
 
-def is_builtin(name):
+def is_builtin(name: str) -> bool:
     """Whether ``name`` is one of Detectron2's own COCO or LVIS data sets."""
     return name in _BUILTIN_NAMES
 
 
-def json_file_of(name, entries):
+def json_file_of(name: str, entries: Sequence[Sequence[str]]) -> str:
     """Return the annotation file of a data set, without registering it.
 
     Args:

@@ -9,10 +9,12 @@ the fourth number on the difference to the number two before, each written in gr
 from the lowest up, a sixth bit saying that more follow, plus 48 as a character.
 """
 
+from typing import Any
+
 import numpy as np
 
 
-def counts_of(counts) -> np.ndarray:
+def counts_of(counts: Any) -> np.ndarray:
     """Return the run lengths (n,) int64 of a list, a text or bytes.
 
     Raises:

@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -109,7 +110,7 @@ def generate(out, classes=20, train=600, val=150, size=128, seed=0, overwrite=Fa
     return paths
 
 
-def class_image_counts(classes, train):
+def class_image_counts(classes: int, train: int) -> np.ndarray:
     """Plan the training images of every class, most frequent first, by Zipf's law.
 
     The count of rank r is ``top / r**s``. ``top`` is as large as ``MAX_IMAGE_SHARE`` and the total
@@ -126,7 +127,7 @@ def class_image_counts(classes, train):
     budget = CLASSES_PER_IMAGE * train
     rank = np.arange(1, classes + 1)
 
-    def counts(top, rarest):
+    def counts(top: float, rarest: int) -> np.ndarray:
         exponent = np.log(top / rarest) / np.log(max(classes, 2))
         return np.maximum(np.rint(top / rank**exponent), 1).astype(int)
 
@@ -145,7 +146,12 @@ def class_image_counts(classes, train):
     return counts(max(top, rarest), rarest)
 
 
-def assign_classes(image_counts, num_images, spread, rng):
+def assign_classes(
+    image_counts: Sequence[int] | np.ndarray,
+    num_images: int,
+    spread: float,
+    rng: np.random.Generator,
+) -> list[list[int]]:
     """Choose the images of every class, as many as planned.
 
     Args:
@@ -161,7 +167,7 @@ def assign_classes(image_counts, num_images, spread, rng):
         twice.
     """
     load = np.zeros(num_images, dtype=int)
-    classes_of = [[] for _ in range(num_images)]
+    classes_of: list[list[int]] = [[] for _ in range(num_images)]
     for c in np.argsort(-np.asarray(image_counts), kind="stable"):
         order = np.where(load < MAX_OBJECTS, load + spread * rng.random(num_images), np.inf)
         chosen = np.argsort(order, kind="stable")[: image_counts[c]]
@@ -278,14 +284,14 @@ class Look:
     second_colour: str | None = None
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The class name, for instance ``red_star`` or ``red_star_with_blue_dots``."""
         plain = f"{self.colour}_{self.shape}"
         return f"{plain}_with_{self.second_colour}_{self.pattern}" if self.pattern else plain
 
 
 @cache
-def class_look(index):
+def class_look(index: int) -> Look:
     """Return the :class:`Look` of class ``index``, 0 <= index < ``MAX_CLASSES``; all differ."""
     shapes, colours, patterns = list(_SHAPES), list(_COLOURS), list(_PATTERNS)
     rest, shape = divmod(index, len(shapes))
@@ -303,7 +309,9 @@ def class_look(index):
 # --- One image ------------------------------------------------------------------------------------
 
 
-def draw_image(classes, size, rng):
+def draw_image(
+    classes: Sequence[int], size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """Draw an image with an object of each of ``classes``, and perhaps more of the same classes.
 
     Args:
@@ -316,9 +324,12 @@ def draw_image(classes, size, rng):
         polygon is an (n, 2) array of x, y in pixels, inside the image.
     """
     image = _background(size, rng)
-    objects, boxes = [], []
+    objects: list[tuple[int, np.ndarray]] = []
+    boxes: list[tuple] = []
     room = MAX_OBJECTS - len(classes)
-    repeated = rng.choice(classes, rng.integers(0, min(room, 2) + 1)) if classes else []
+    repeated: Iterable[int] = (
+        rng.choice(classes, rng.integers(0, min(room, 2) + 1)) if classes else []
+    )
     for c in chain(classes, repeated):
         polygon = _place(_SHAPES[class_look(int(c)).shape], boxes, size, rng)
         boxes.append(_box(polygon))
@@ -482,7 +493,7 @@ def _image_entry(image_id, name, classes, parameters, rng):
     }
 
 
-def polygon_area(polygon):
+def polygon_area(polygon: np.ndarray) -> float:
     """Area of an (n, 2) polygon that does not cross itself, by the shoelace formula."""
     x, y = polygon.T
     return 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
@@ -526,7 +537,7 @@ def _already_there(out, parameters, overwrite):
     )
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; see ``--help``."""
     parser = argparse.ArgumentParser(
         prog="python -m balanced_det.data.shapes",

@@ -1,8 +1,10 @@
 """How often each class occurs in a data set: the numbers every remedy for class imbalance needs."""
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ RARE_MAX_IMAGES = 10
 COMMON_MAX_IMAGES = 100
 
 
-def frequency_group(image_count):
+def frequency_group(image_count: int) -> str:
     """Return LVIS's group of a class in ``image_count`` training images: 'r', 'c' or 'f'.
 
     Rare is up to 10 images, common 11 to 100, frequent more. A class in no image, which LVIS's
@@ -40,17 +42,17 @@ class DatasetStatistics:
     instance_count: torch.Tensor
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         """K."""
         return len(self.image_count)
 
     @cached_property
-    def frequency(self):
+    def frequency(self) -> torch.Tensor:
         """(K,) float in [0, 1]: the fraction of images that hold the class; 0 without images."""
         return self.image_count / max(self.num_images, 1)
 
     @cached_property
-    def joint_frequency(self):
+    def joint_frequency(self) -> torch.Tensor:
         """(K,) float in [0, 1]: the geometric mean of ``frequency`` and the share of all objects.
 
         IRFS (arXiv 2305.08069) repeats images by it.
@@ -59,11 +61,11 @@ class DatasetStatistics:
         return (self.frequency * share).sqrt()
 
     @cached_property
-    def group(self):
+    def group(self) -> list[str]:
         """The K groups 'r', 'c' or 'f' (:func:`frequency_group`), a list."""
         return [frequency_group(count) for count in self.image_count.tolist()]
 
-    def __str__(self):
+    def __str__(self) -> str:
         group = self.group
         return (
             f"{self.num_images} images, {int(self.instance_count.sum())} objects, "
@@ -72,12 +74,12 @@ class DatasetStatistics:
         )
 
 
-def objects(annotations):
+def objects(annotations: Iterable[Any]) -> list[Any]:
     """Return the annotations that are objects to train on, neither crowds nor marked ``ignore``."""
     return [a for a in annotations if not (a.get("iscrowd") or a.get("ignore"))]
 
 
-def dataset_statistics(dataset_dicts, num_classes):
+def dataset_statistics(dataset_dicts: Sequence[dict], num_classes: int) -> DatasetStatistics:
     """Count images and objects of every class.
 
     Args:
@@ -118,7 +120,7 @@ def dataset_statistics(dataset_dicts, num_classes):
     )
 
 
-def add_counts(categories, annotations):
+def add_counts(categories: Sequence[dict], annotations: Iterable[dict]) -> list[dict]:
     """Return LVIS-format ``categories`` with their counts over ``annotations``.
 
     Args:
@@ -128,7 +130,7 @@ def add_counts(categories, annotations):
     Returns:
         Copies with ``image_count``, ``instance_count`` and ``frequency`` as LVIS writes them.
     """
-    images = {category["id"]: set() for category in categories}
+    images: dict[int, set[int]] = {category["id"]: set() for category in categories}
     instances = dict.fromkeys(images, 0)
     for annotation in objects(annotations):
         images[annotation["category_id"]].add(annotation["image_id"])

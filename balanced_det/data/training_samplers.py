@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch import Tensor
@@ -103,7 +104,7 @@ class ClassAwareTrainingSampler(Sampler):
 TRAINING_SAMPLERS = ("InstanceAwareRepeatFactorTrainingSampler", "ClassAwareTrainingSampler")
 
 
-def build_training_sampler(cfg, dataset_dicts: Sequence[dict]) -> Sampler | None:
+def build_training_sampler(cfg: CfgNode, dataset_dicts: Sequence[dict]) -> Sampler | None:
     """Build the sampler that ``DATALOADER.SAMPLER_TRAIN`` names.
 
     Args:

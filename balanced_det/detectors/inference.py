@@ -58,8 +58,8 @@ def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ``topk``: each score and its index make one integer, and no two of these are equal.
     """
     last = scores.shape[1] - 1
-    bits = scores.contiguous().view(torch.int32).long()  # Rise with the number, where it is >= 0.
-    keys = (bits << 32) | (last - torch.arange(last + 1, device=scores.device))
+    keys = scores.contiguous().view(torch.int32).long()  # Bits rise with a number that is >= 0.
+    keys.bitwise_left_shift_(32).bitwise_or_(last - torch.arange(last + 1, device=scores.device))
     keys = keys.topk(k, dim=1).values
     return (keys >> 32).int().view(torch.float32), last - (keys & 0xFFFFFFFF)
 
@@ -234,21 +234,23 @@ def _dense_candidates(
     """
     outputs = criterion.num_logits
 
-    def passing(logits: Tensor, centerness: Tensor | None) -> Tensor:
+    def passing(logits: Tensor, centerness: Tensor | None, exists: Tensor | bool = True) -> Tensor:
         scores = _scores(criterion, logits, centerness)
-        return scores.where(scores > threshold, ABSENT)
+        return scores.where((scores > threshold) & exists, ABSENT)
 
     # 1. The anchors of the best maximum over classes.
     centers = None if centerness is None else _padded([level_rows(x, 1) for x in centerness], sizes)
-    levels = [level_rows(x, outputs) for x in logits]
     if by_logits:
-        best = _padded([x.amax(dim=-1, keepdim=True) for x in levels], sizes)
+        # Over the classes as the head left them: in the order of rows the reads would be apart.
+        of_levels = [x.unflatten(1, (-1, outputs)).amax(dim=2) for x in logits]  # (N, A, H, W)
+        best = _padded([level_rows(x, 1) for x in of_levels], sizes)
         best = _scores(criterion, best, centers).squeeze(-1)
     else:
         of_levels = []
-        for index, level in enumerate(levels):
+        for index, level in enumerate(logits):
             center = None if centerness is None else level_rows(centerness[index], 1)
-            of_levels.append(passing(level, center).amax(dim=-1, keepdim=True))
+            scores = passing(level_rows(level, outputs), center)
+            of_levels.append(scores.amax(dim=-1, keepdim=True))
         best = _padded(of_levels, sizes).squeeze(-1)
     size = on_device(sizes, best.new_empty(0, dtype=torch.long))[:, None]  # (L, 1)
     exists = torch.arange(best.shape[2], device=best.device) < size  # (L, R)
@@ -262,7 +264,7 @@ def _dense_candidates(
     # 2. The best pairs of these anchors.
     pairs = torch.stack(_picked(logits, row, outputs), dim=1)  # (N, L, k, C)
     centers = None if centers is None else centers.gather(2, row[..., None])
-    pairs = passing(pairs, centers).where(exists[..., None], ABSENT)  # (N, L, k, K)
+    pairs = passing(pairs, centers, exists[..., None])  # (N, L, k, K)
     scores, pair = stable_topk(pairs.flatten(0, 1).flatten(1), min(k, pairs[0, 0].numel()))
     scores, pair = (x.view(*row.shape[:2], -1) for x in (scores, pair))
     num_classes = pairs.shape[3]

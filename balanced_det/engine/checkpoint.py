@@ -6,7 +6,8 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -83,7 +84,7 @@ class Checkpointer(DetectionCheckpointer):
         keep_statistics: bool = False,
         trusted: Iterable[str] = (),
         config: str | None = None,
-        **checkpointables,
+        **checkpointables: Any,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.config = config
@@ -98,7 +99,7 @@ class Checkpointer(DetectionCheckpointer):
 
     # --- Saving -----------------------------------------------------------------------------------
 
-    def save(self, name: str, **extra):
+    def save(self, name: str, **extra: Any) -> None:
         """Write ``name``.pth into ``save_dir``, whole or not at all, and call it the last.
 
         Raises:
@@ -110,7 +111,7 @@ class Checkpointer(DetectionCheckpointer):
         self._write(name, {**states, **extra})
         self.tag_last_checkpoint(f"{name}.pth")
 
-    def save_to_use(self, name: str, **extra):
+    def save_to_use(self, name: str, **extra: Any) -> None:
         """Write ``name``.pth as :meth:`save` does, but without what a training would go on with.
 
         It is not called the last, so that no run is resumed from it.
@@ -118,7 +119,9 @@ class Checkpointer(DetectionCheckpointer):
         if self.save_dir and self.save_to_disk:
             self._write(name, extra)
 
-    def keep_operating_points(self, points: OperatingPoints | None, names: Iterable[str] = ()):
+    def keep_operating_points(
+        self, points: OperatingPoints | None, names: Iterable[str] = ()
+    ) -> None:
         """Take the points of the weights as they are, and add them to files that hold these.
 
         Args:
@@ -148,7 +151,7 @@ class Checkpointer(DetectionCheckpointer):
         logger.info("Saving checkpoint to %s", path)
         write_whole(path, functools.partial(torch.save, data))
 
-    def tag_last_checkpoint(self, last_filename_basename: str):
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write which checkpoint is the last, whole or not at all."""
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_whole(path, lambda file: file.write(last_filename_basename.encode()))
@@ -194,7 +197,7 @@ class Checkpointer(DetectionCheckpointer):
         finally:
             self._resuming = False
 
-    def load(self, path: str, checkpointables=None) -> dict:
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
         """Load a file; see Detectron2. An empty path loads nothing.
 
         Raises:
@@ -288,7 +291,11 @@ def _as_tensors(points):
 
 
 def build_checkpointer(
-    model: nn.Module, cfg: CfgNode, names: Iterable[str], counted: bool = True, **checkpointables
+    model: nn.Module,
+    cfg: CfgNode,
+    names: Iterable[str],
+    counted: bool = True,
+    **checkpointables: Any,
 ) -> Checkpointer:
     """Build the checkpointer that ``cfg`` asks for.
 
@@ -328,7 +335,7 @@ def read_checkpoint(path: str) -> dict:
     return content
 
 
-def load_weights(checkpointer: Checkpointer, cfg: CfgNode, resume: bool = False):
+def load_weights(checkpointer: Checkpointer, cfg: CfgNode, resume: bool = False) -> None:
     """Load what a training starts with: the run's last checkpoint, or ``MODEL.WEIGHTS``.
 
     Raises:
@@ -345,7 +352,7 @@ def load_weights(checkpointer: Checkpointer, cfg: CfgNode, resume: bool = False)
         logger.info("Not loaded, so start anew: %s.", ", ".join(new) or "none")
 
 
-def load_trained(model: nn.Module, cfg: CfgNode, resume: bool = False):
+def load_trained(model: nn.Module, cfg: CfgNode, resume: bool = False) -> None:
     """Load what ``--eval-only`` evaluates: the run's last checkpoint, or ``MODEL.WEIGHTS``.
 
     Raises:
@@ -407,7 +414,7 @@ def damage(path: str) -> str | None:
     return None if wrong is None else f"the checksum of '{wrong}' is wrong"
 
 
-def check_finite(model: nn.Module, consequence: str):
+def check_finite(model: nn.Module, consequence: str) -> None:
     """Raise NonFiniteError, which names it, if a weight is not finite or a buffer holds NaN."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -419,7 +426,7 @@ def check_finite(model: nn.Module, consequence: str):
             raise NonFiniteError(f"The buffer '{name}' holds NaN, so {consequence}.")
 
 
-def write_whole(path: str, write):
+def write_whole(path: str, write: Callable[[Any], object]) -> None:
     """Let ``write(file)`` write ``path``; a kill or a full disk leaves the old file, or none."""
     partial = f"{path}.partial"
     try:

@@ -1,6 +1,6 @@
 """Whether a model, a checkpoint and the data sets speak of the same classes."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -18,7 +18,7 @@ _NUM_CLASSES_NODE = {
 }
 
 
-def check_model_classes(cfg: CfgNode, names: Iterable[str]):
+def check_model_classes(cfg: CfgNode, names: Sequence[str]) -> None:
     """Refuse a config whose number of classes is not that of the data sets called ``names``."""
     node = _NUM_CLASSES_NODE.get(cfg.MODEL.META_ARCHITECTURE)
     if node is not None:
@@ -38,7 +38,7 @@ def dataset_classes(name: str) -> dict:
     return {"names": names, "ids": [by_index.get(i, i) for i in range(len(names))]}
 
 
-def compare_classes(found: dict | None, expected: dict, path: str):
+def compare_classes(found: dict | None, expected: dict, path: str) -> None:
     """Refuse a checkpoint of other classes; one that does not tell its classes passes.
 
     Args:

@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -13,7 +15,7 @@ from detectron2.utils import comm
 from ..errors import InputError, printable
 from ..evaluation.evaluator import FIXED, BalancedLVISEvaluator
 from ..evaluation.lvis import METRICS
-from .checkpoint import BEST, damage
+from .checkpoint import BEST, Checkpointer, damage
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +43,23 @@ class Evaluate(hooks.EvalHook):
         patience: evaluations without a larger value after which the training ends; None never.
     """
 
-    def __init__(self, period, function, checkpointer, metric=None, patience=None):
+    def __init__(
+        self,
+        period: int,
+        function: Callable[[], Any],
+        checkpointer: Checkpointer,
+        metric: str | None = None,
+        patience: int | None = None,
+    ):
         super().__init__(period, function)
         self._checkpointer = checkpointer
         self._metric = metric
         self._patience = patience
-        self._best = None  # (value, iteration)
-        self._evaluators = []  # those of the latest evaluation, with what they found
+        self._best: tuple[float, int] | None = None  # value and iteration
+        # Those of the latest evaluation, with what they found.
+        self._evaluators: list[BalancedLVISEvaluator] = []
 
-    def before_train(self):
+    def before_train(self) -> None:
         """Take the best of a run that goes on from the file that has it."""
         path = os.path.join(self._checkpointer.save_dir, f"{BEST}.pth")
         if self._metric is None or not self.trainer.start_iter or damage(path) is not None:
@@ -58,7 +68,7 @@ class Evaluate(hooks.EvalHook):
         if content.get("metric") == self._metric:
             self._best = content["value"], content["iteration"]
 
-    def before_step(self):
+    def before_step(self) -> None:
         """Forget the operating points: the weights are going to change."""
         self._checkpointer.operating_points = None
 
@@ -143,7 +153,7 @@ class Evaluate(hooks.EvalHook):
         raise TrainingStopped
 
 
-def metric_value(metrics, name):
+def metric_value(metrics: dict[str, Any], name: str) -> float | None:
     """Return {"bbox/AP": number, ...}[name]; a name without a task is that of the first.
 
     None where there is none, or where it is not finite.
@@ -155,7 +165,7 @@ def metric_value(metrics, name):
     return float(found) if math.isfinite(found) else None
 
 
-def check_best(cfg: CfgNode):
+def check_best(cfg: CfgNode) -> None:
     """Refuse keys of the best checkpoint and of early stopping that can have no effect.
 
     Raises:

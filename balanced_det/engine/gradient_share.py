@@ -32,7 +32,7 @@ class LogGradientShare(HookBase):
         self._sums: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
-    def before_step(self):
+    def before_step(self) -> None:
         """Watch the logits of the steps that are looked at."""
         if (self.trainer.iter + 1) % self.period and self.trainer.iter + 1 < self.trainer.max_iter:
             return
@@ -44,18 +44,18 @@ class LogGradientShare(HookBase):
             watch = functools.partial(self._watch, self._sums[name])
             self._handles.append(criterion.classification_loss.register_forward_pre_hook(watch))
 
-    def after_step(self):
+    def after_step(self) -> None:
         """Log what was seen, and watch no more."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         for owner, sums in self._sums.items():
-            sums = sum_over_workers(sums).tolist()
-            total = sum(sums)
+            of_classes = sum_over_workers(sums).tolist()
+            total = sum(of_classes)
             if not 0 < total < float("inf"):
                 continue  # no row took part, or a gradient overflowed
             for group in GROUPS:
-                share = sum(s for s, g in zip(sums, self.groups, strict=True) if g == group)
+                share = sum(s for s, g in zip(of_classes, self.groups, strict=True) if g == group)
                 name = f"{owner}/{NAME}_{group}"
                 self.trainer.storage.put_scalar(name, share / total, smoothing_hint=False)
         self._sums = {}

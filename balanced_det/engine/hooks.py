@@ -13,7 +13,7 @@ class KeepFrozenStatistics(HookBase):
     Without gradients alone, they would still follow the batches of the training.
     """
 
-    def before_step(self):
+    def before_step(self) -> None:
         """Switch frozen layers to evaluation, since each ``model.train()`` switches them back."""
         for module in self.trainer.model.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not any(
@@ -29,10 +29,10 @@ class LogMonitored(HookBase):
         period: iterations between two entries; each waits for the device once.
     """
 
-    def __init__(self, period=20):
+    def __init__(self, period: int = 20):
         self.period = period
 
-    def after_step(self):
+    def after_step(self) -> None:
         """Log when the period is over."""
         if (self.trainer.iter + 1) % self.period and self.trainer.iter + 1 < self.trainer.max_iter:
             return
@@ -48,7 +48,7 @@ class RestartablePreciseBN(hooks.PreciseBN):
     losses count what they see in it, though nothing is trained on that.
     """
 
-    def update_stats(self):
+    def update_stats(self) -> None:
         """Update the statistics of batch normalization, and no others; see Detectron2."""
         self._data_iter = None
         self._data_loader.seed = self.trainer._trainer.seed

@@ -36,7 +36,7 @@ def num_processes(args: argparse.Namespace) -> int:
     return max(args.num_gpus, 1) * args.num_machines
 
 
-def start(main: Callable[[argparse.Namespace], object], args: argparse.Namespace):
+def start(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
     """Call ``main(args)`` in as many processes as asked for, and end them all when one fails.
 
     Args:

@@ -11,7 +11,7 @@ from ..errors import InputError
 from .checkpoint import BEST, saved_checkpoints
 
 
-def check_output_dir(cfg: CfgNode, eval_only: bool = False, resume: bool = False):
+def check_output_dir(cfg: CfgNode, eval_only: bool = False, resume: bool = False) -> None:
     """Refuse a run that would start over where it should resume, or write over another run.
 
     Raises:
@@ -40,7 +40,7 @@ def check_output_dir(cfg: CfgNode, eval_only: bool = False, resume: bool = False
         )
 
 
-def remove_checkpoints(folder: str):
+def remove_checkpoints(folder: str) -> None:
     """Remove the checkpoints of an earlier run, so that none is ever taken for one of the next."""
     others = [os.path.join(folder, name) for name in ("last_checkpoint", f"{BEST}.pth")]
     for path in [*saved_checkpoints(folder), *others]:

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 from detectron2 import modeling
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.transforms import AugInput
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
@@ -59,7 +60,9 @@ _REGISTRIES = {
 }
 
 
-def check_run(cfg, eval_only=False, resume=False, num_workers=1):
+def check_run(
+    cfg: CfgNode, eval_only: bool = False, resume: bool = False, num_workers: int = 1
+) -> None:
     """Refuse a run that cannot work, before it starts a process or writes a file.
 
     Annotations are read and the model is built, once, on CPU. What is counted is kept for the run,

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -50,7 +51,7 @@ class TrainStep(SimpleTrainer):
     def __init__(
         self,
         model: nn.Module,
-        data_loader,
+        data_loader: Any,
         optimizer: torch.optim.Optimizer,
         *,
         seed: int = 0,
@@ -73,7 +74,7 @@ class TrainStep(SimpleTrainer):
         self._buffers = list(model.buffers())
         self._saved_buffers = [torch.empty_like(b) for b in self._buffers]
 
-    def run_step(self):
+    def run_step(self) -> None:
         """Train on the next ``accumulate`` batches."""
         assert self.model.training, "the model was switched to evaluation"
         start = time.perf_counter()
@@ -249,7 +250,7 @@ class TrainStep(SimpleTrainer):
         names = ("seed", "skipped_steps", "skipped_images")
         return {**state, **{name: getattr(self, name) for name in names}}
 
-    def load_state_dict(self, state_dict: dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         """Go on after the iteration that ``state_dict`` is of."""
         super().load_state_dict(state_dict)
         if self.grad_scaler.is_enabled() and "grad_scaler" in state_dict:

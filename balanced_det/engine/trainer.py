@@ -5,13 +5,17 @@ import functools
 import logging
 import os
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from tabulate import tabulate
+from torch import nn
 
 from ..build import build_model
 from ..criterion import Criterion
@@ -42,7 +46,9 @@ class Trainer(DefaultTrainer):
     ``BALANCE.TRAIN_ONLY`` names, and evaluates as LVIS does.
     """
 
-    def __init__(self, cfg):
+    _hooks: list[Any]  # Detectron2's
+
+    def __init__(self, cfg: CfgNode):
         check_model_classes(cfg, cfg.DATASETS.TRAIN)
         self._amp_dtype = amp_dtype(cfg)
         create_ddp_model = defaults.create_ddp_model
@@ -57,7 +63,7 @@ class Trainer(DefaultTrainer):
         self._failed = False
 
     @classmethod
-    def build_model(cls, cfg, count=True):
+    def build_model(cls, cfg: CfgNode, count: bool = True) -> nn.Module:
         """Build the model, and freeze all of it but ``BALANCE.TRAIN_ONLY``.
 
         Args:
@@ -71,20 +77,21 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
-    def build_train_loader(cls, cfg):
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Return the batches of the training, which can be started at any of them."""
         return TrainLoader(cfg)
 
     @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Return Detectron2's loader of a test set, with broken images named."""
         return build_test_loader(cfg, dataset_name)
 
-    def resume_or_load(self, resume=True):
+    def resume_or_load(self, resume: bool = True) -> None:
         """Count the training set where the config asks for it, then load as Detectron2 does."""
         resumed = resume and self.checkpointer.has_checkpoint()
         if not resumed:
-            fit_to_training_data(getattr(self.model, "module", self.model), self.cfg)
+            model: Any = getattr(self.model, "module", self.model)
+            fit_to_training_data(model, self.cfg)
         load_weights(self.checkpointer, self.cfg, resumed)
         if resumed:
             self.start_iter = self.iter + 1  # the checkpoint has the iteration that was finished
@@ -92,7 +99,7 @@ class Trainer(DefaultTrainer):
                 if isinstance(module, Criterion):
                     module.rows_are_counted = True  # what was counted came with the checkpoint
 
-    def run_step(self):
+    def run_step(self) -> None:
         """Train one step, see :class:`~balanced_det.engine.step.TrainStep`."""
         self._failed = True
         # What is wrong with a config shows in the first step; what fails later is another matter.
@@ -109,13 +116,13 @@ class Trainer(DefaultTrainer):
             ) from error
         self._failed = False
 
-    def after_train(self):
+    def after_train(self) -> None:
         """Call the hooks; one that evaluates has nothing to do after a step that failed."""
         if self._failed:
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
         super().after_train()
 
-    def train(self):
+    def train(self) -> dict[str, Any] | None:
         """Train; return the results of the last evaluation, or None on workers but the main one."""
         log_remedies(self.cfg, self.model)
         logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
@@ -124,7 +131,7 @@ class Trainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", None)
 
     @classmethod
-    def build_optimizer(cls, cfg, model):
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Build Detectron2's optimizer, with one more ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE``.
 
         Detectron2's "norm" clips the gradient of each parameter for itself; "full_model" clips the
@@ -139,7 +146,7 @@ class Trainer(DefaultTrainer):
             _with(cfg, "SOLVER.CLIP_GRADIENTS.ENABLED", False), model
         )
 
-        def clip_gradients(optimizer, args, kwargs):
+        def clip_gradients(optimizer: Any, args: Any, kwargs: Any) -> None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
@@ -147,7 +154,9 @@ class Trainer(DefaultTrainer):
         return optimizer
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
         """Return a data set's evaluator, see :func:`balanced_det.evaluation.build_evaluator`."""
         try:
             statistics = training_statistics(cfg)
@@ -157,7 +166,7 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_folder, train_statistics=statistics)
 
     @classmethod
-    def test_with_augmentation(cls, cfg, model):
+    def test_with_augmentation(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluate as ``TEST.AUG`` says, as Detectron2's ``train_net`` does.
 
         Returns:
@@ -171,7 +180,7 @@ class Trainer(DefaultTrainer):
         return {f"{name}_TTA": value for name, value in results.items()}
 
     @classmethod
-    def test(cls, cfg, model, evaluators=None):
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
         """Evaluate on every test set; where all evaluators take them, masks come as run lengths."""
         if evaluators is None:
             evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
@@ -183,7 +192,7 @@ class Trainer(DefaultTrainer):
             model = with_run_lengths
         return super().test(cfg, model, evaluators)
 
-    def build_hooks(self):
+    def build_hooks(self) -> list[Any]:
         """Return Detectron2's hooks and this project's own."""
         # Detectron2 calls this when all that it makes is there, to be replaced by what can do more.
         self._trainer = self._build_step()
@@ -273,7 +282,7 @@ def _with(cfg, key, value):
     return copy
 
 
-def train_only(model, prefixes):
+def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
     """Freeze all parameters but those whose name starts with one of ``prefixes``.
 
     Batch statistics are not parameters: :class:`KeepFrozenStatistics` keeps those. An empty list
@@ -292,7 +301,7 @@ def train_only(model, prefixes):
     logger.info("Training %d parameters, those of %s; all others are frozen.", trained, prefixes)
 
 
-def print_results(results, output_dir):
+def print_results(results: dict[str, Any], output_dir: str) -> None:
     """Print AP, AP50, AP75, APr, APc and APf of every task, and where the run wrote its files.
 
     Args:

@@ -149,11 +149,11 @@ class Page:
         """
         return write_whole(path, str(self))
 
-    def __len__(self):
+    def __len__(self) -> int:
         """How many parts were added."""
         return len(self._body)
 
-    def __str__(self):
+    def __str__(self) -> str:
         contents = "".join(
             f'<a href="#{anchor}">{_text(title)}</a>' for anchor, title in self._sections
         )
