@@ -47,7 +47,7 @@ TABLES = {
             "EQL": f"photos_rcnn+{_EQL}",
             "binary cross entropy, repeat-factor sampling": f"photos_rcnn+bce+{_RFS}",
             "EQL, repeat-factor sampling": f"photos_rcnn+{_EQL}+{_RFS}",
-            "federated loss": f"photos_rcnn+federated+{_W}",
+            "federated loss, prior 0.01": f"photos_rcnn+federated+{_W}",
             "EQLv2": f"photos_rcnn+eqlv2+{_W}",
             "Libra R-CNN": (
                 "photos_rcnn+libra+BALANCE.PYRAMID.BACKBONE=build_bottom_up_fpn_backbone"
