@@ -119,6 +119,13 @@ def test_a_share_is_suggested_where_all_classes_are_small(tmp_path):
     assert "behind BinaryCrossEntropyLoss" in found.text and found.kind == "note"
 
 
+def test_a_class_in_more_than_half_of_a_few_images_is_not_called_small(tmp_path):
+    counts = [60, 31, 30, 8, 3, 1]
+    data = many(tmp_path / "a.json", [f"class {i}" for i in range(6)], counts, 60)
+    found = conclusions(analyze.analyze_file(data, row_images=0))
+    assert "4 of 6 classes are in at most 30 training" in found["classifier"].numbers
+
+
 def test_sampling_and_the_cosine_classifier_come_before_any_loss(tmp_path):
     counts = [400, 300, 200, 150, 90, 60, 20, 5]
     data = many(tmp_path / "a.json", [f"class {i}" for i in range(8)], counts, 500)

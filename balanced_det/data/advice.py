@@ -33,7 +33,8 @@ class Advice:
     """Settings for one data set.
 
     Attributes:
-        limit: a class in at most this many training images is called small here.
+        limit: a class in at most this many training images, never more than half of them, is
+            called small here.
         frequency_limit: ``limit`` as a fraction of the training images: the threshold that a
             published one becomes on data of this size.
         num_small: classes that occur, in at most ``limit`` images.
@@ -97,10 +98,11 @@ def advise(
     size = size or training_size(data)
     max_iter = iterations(num_training_images, batch)
     many = len(image_count) > 100
+    limit = min(limits[1], num_training_images // 2)
     return Advice(
-        limit=limits[1],
+        limit=limit,
         frequency_limit=min(limits[1] / num_training_images, 0.5),
-        num_small=int((present <= min(limits[1], num_training_images / 2)).sum()),
+        num_small=int((present <= limit).sum()),
         num_present=len(present),
         size=size,
         anchor_sizes=anchor_sizes(scaled_sides(data, size)),
