@@ -138,8 +138,18 @@ def test_the_name_of_a_fragment_means_that_of_the_detector():
 
 
 def test_an_unknown_fragment_is_refused_with_those_that_fit():
-    with pytest.raises(InputError, match="--with rpn_ghm: unknown for BalancedRetinaNet.*ghmc, "):
+    said = "--with rpn_ghm: unknown for BalancedRetinaNet, it is for GeneralizedRCNN; .*ghmc, "
+    with pytest.raises(InputError, match=said):
         load(SMALL["retinanet"], "rpn_ghm")
+    with pytest.raises(InputError, match="--with ghmc: .*, it is for BalancedRetinaNet; known"):
+        load(SMALL["rcnn"], "ghmc")
+
+
+def test_a_misspelt_fragment_is_refused_with_the_nearest():
+    with pytest.raises(InputError, match="--with eqll: .*GeneralizedRCNN, the nearest is eql; "):
+        load(SMALL["rcnn"], "eqll")
+    with pytest.raises(InputError, match="--with xyz: unknown for GeneralizedRCNN; known are: "):
+        load(SMALL["rcnn"], "xyz")
 
 
 def test_a_fragment_may_be_a_path(tmp_path):

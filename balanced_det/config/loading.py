@@ -1,6 +1,7 @@
 """From config files and a command line to a config: read, merged key by key, mistakes named."""
 
 import dataclasses
+import difflib
 import functools
 import logging
 import os
@@ -17,6 +18,7 @@ from .files import Layer, read_layers
 from .imports import import_modules, resolve_imports
 from .keys import add_balanced_det_config, add_own_node, slot_keys
 from .lazy import is_lazy_file, load_lazy_config
+from .reads import leaves
 from .values import check_values
 
 logger = logging.getLogger(__name__)
@@ -130,7 +132,7 @@ def _set(cfg, key, value, source):
         cfg.merge_from_list([key, _number(cfg, key, value)])
     except _CONFIG_ERRORS as error:
         where = f"{key} {value}" if source == COMMAND_LINE else source
-        raise InputError(f"{where}: {_reason(error)}.") from None
+        raise InputError(f"{where}: {_reason(error)}{_nearest_key(cfg, key)}.") from None
 
 
 def _number(cfg, key, value):
@@ -151,6 +153,13 @@ def _number(cfg, key, value):
     if isinstance(node.get(name), float) and type(CfgNode._decode_cfg_value(value)) is int:
         return float(CfgNode._decode_cfg_value(value))
     return value
+
+
+def _nearest_key(cfg, key):
+    """Say which key a misspelt one is nearest to; nothing of one that exists, or is like none."""
+    known = [name.removeprefix(".") for name in leaves(cfg, "")]
+    near = [] if key in known else difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+    return f"; the nearest is {near[0]}" if near else ""
 
 
 def _value(cfg, key):
@@ -177,12 +186,29 @@ def _fragment(name, layers):
         return name
     settings = [layer.values.get("MODEL.META_ARCHITECTURE") for layer in layers]
     architecture = next((s for s in reversed(settings) if s), "GeneralizedRCNN")
-    folders = [FRAGMENTS, *(FRAGMENTS / name for name in _FRAGMENT_FOLDERS.get(architecture, ()))]
+    folders = _fragment_folders(architecture)
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return str(folder / f"{name}.yaml")
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise InputError(
-        f"--with {name}: unknown for {architecture}; known are: {', '.join(known)}, or the path of "
-        "a .yaml file."
+        f"--with {name}: unknown for {architecture}{_fragment_hint(name, known)}; known are: "
+        f"{', '.join(known)}, or the path of a .yaml file."
     )
+
+
+def _fragment_folders(architecture):
+    return [FRAGMENTS, *(FRAGMENTS / name for name in _FRAGMENT_FOLDERS.get(architecture, ()))]
+
+
+def _fragment_hint(name, known):
+    """Say which detectors a fragment is for, or which name a misspelt one is nearest to."""
+    fitting = [
+        architecture
+        for architecture in _FRAGMENT_FOLDERS
+        if any((folder / f"{name}.yaml").is_file() for folder in _fragment_folders(architecture))
+    ]
+    if fitting:
+        return f", it is for {' and '.join(fitting)}"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", the nearest is {near[0]}" if near else ""
