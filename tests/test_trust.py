@@ -328,7 +328,7 @@ def test_resuming_a_run_of_another_model_is_refused(data, trained):
 
 def test_run_over_another_asks_for_a_key(data, trained):
     cfg = config(data, trained)
-    with pytest.raises(InputError, match="model_final.pth' of another run.*BALANCE.OVERWRITE"):
+    with pytest.raises(InputError, match="model_final.pth' of an earlier run.*BALANCE.OVERWRITE"):
         check_run(cfg)
     check_run(cfg, resume=True)
     cfg.BALANCE.OVERWRITE = True

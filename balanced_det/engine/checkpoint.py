@@ -372,7 +372,8 @@ def load_trained(model: nn.Module, cfg: CfgNode, resume: bool = False) -> None:
         what = f"'{cfg.MODEL.WEIGHTS}' lacks" if cfg.MODEL.WEIGHTS else "is empty and lacks"
         raise InputError(
             f"MODEL.WEIGHTS: {what} {len(missing)} of the model's weights, the first is "
-            f"'{missing[0]}', which would be evaluated as they start; BALANCE.UNTRAINED allows it."
+            f"'{missing[0]}', which would be evaluated as they start: give the checkpoint of a "
+            "training, or set BALANCE.UNTRAINED."
         )
 
 

@@ -30,8 +30,8 @@ def check_output_dir(cfg: CfgNode, eval_only: bool = False, resume: bool = False
     if not cfg.BALANCE.OVERWRITE:
         raise InputError(
             f"OUTPUT_DIR: '{folder}' holds the checkpoint '{os.path.basename(found[0])}' of "
-            "another run: use --resume to go on, another folder, or BALANCE.OVERWRITE to replace "
-            "it."
+            "an earlier run: use --resume to go on, another folder, or BALANCE.OVERWRITE to "
+            "replace it."
         )
     if os.path.realpath(cfg.MODEL.WEIGHTS) in map(os.path.realpath, found):
         raise InputError(
