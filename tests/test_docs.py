@@ -208,8 +208,9 @@ def test_a_command_of_the_documentation_works(words, at_home, monkeypatch):
             )
         case ["pip", "install", *what]:
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-            extras = re.findall(r"balanced_det\[(.*?)\]", " ".join(what))
-            assert set(extras) <= project["optional-dependencies"].keys()
+            named = re.findall(r"(?:balanced_det|\.)\[(.*?)\]", " ".join(what))
+            extras = {extra for names in named for extra in names.split(",")}
+            assert extras <= project["optional-dependencies"].keys()
             assert extras or what == ["-e", "."]
         case ["balanced-det", name]:  # as a text calls it
             assert name in cli._COMMANDS
