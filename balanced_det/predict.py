@@ -563,7 +563,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{choice}. Written to {Path(options.out) / 'predictions.json'}"
     )
     if not predictions.num_objects and len(failures) < len(files):
-        print("Nothing scores as high as that; --threshold 0.05 shows what scores less.")
+        print("Nothing scores that high; a lower --threshold shows what scores less.")
     return 2 if len(failures) == len(files) else 0
 
 

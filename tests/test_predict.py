@@ -284,6 +284,15 @@ def test_nothing_below_a_classs_threshold_is_found(predictor, images):
 # --- Images and videos ----------------------------------------------------------------------------
 
 
+def test_a_threshold_that_nothing_reaches_is_told(checkpoint, images, tmp_path, capsys):
+    arguments = [str(checkpoint), str(images[0]), "--out", str(tmp_path / "out")]
+    assert predict.main([*arguments, "--threshold", "1.0"]) == 0
+    assert "0 objects in 1 files" in (shown := capsys.readouterr().out)
+    assert "a lower --threshold shows" in shown
+    assert predict.main([*arguments, "--threshold", "0.0"]) == 0
+    assert "a lower --threshold" not in capsys.readouterr().out
+
+
 def test_broken_images_are_left_out_and_told(checkpoint, images, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     shutil.copy(images[0], tmp_path / "in" / "a.jpg")

@@ -76,7 +76,7 @@ def load_config(
             raise InputError(f"'{config_file}' is a Python config; it takes path.key=value alone.")
         return checked(load_lazy_config(config_file, opts))
     if len(opts) % 2:
-        raise InputError(f"Not pairs of KEY VALUE: {' '.join(map(str, opts))}.")
+        raise InputError(f"Not pairs of KEY VALUE: {' '.join(map(str, opts))}{_pairs_hint(opts)}.")
     given = dict(zip(opts[::2], opts[1::2]))
     given.update({key.replace("__", "."): value for key, value in overrides.items()})
     allow_urls = str(given.get("BALANCE.BASE_FROM_URL", False)) == "True"
@@ -153,6 +153,13 @@ def _number(cfg, key, value):
     if isinstance(node.get(name), float) and type(CfgNode._decode_cfg_value(value)) is int:
         return float(CfgNode._decode_cfg_value(value))
     return value
+
+
+def _pairs_hint(opts):
+    """Say what was meant by a word that is neither KEY nor VALUE."""
+    if str(opts[0]).endswith((".yaml", ".yml", ".py")):
+        return "; a config file follows --config-file"
+    return "; a space stands between the two, and no '='" if "=" in " ".join(map(str, opts)) else ""
 
 
 def _nearest_key(cfg, key):
