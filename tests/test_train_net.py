@@ -315,6 +315,7 @@ def test_key_without_value_is_refused(data, tmp_path):
 
 def test_a_word_that_is_no_pair_is_told_what_it_lacks(tmp_path):
     out = tmp_path / "out"
+    refuse([], out, "No config file is given: --config-file")
     refuse([QUICKSTART], out, "KEY VALUE", QUICKSTART, "follows --config-file.")
     refuse(["--config-file", QUICKSTART, "SEED=1"], out, "SEED=1", "space stands between")
 

@@ -81,7 +81,12 @@ def _read(path):
         except Exception as error:  # whatever the handler of the address raises
             raise InputError(f"The config file '{path}' cannot be read: {error}.") from None
     if not os.path.isfile(path):
-        raise InputError(f"The config file '{path}' does not exist.")
+        raise InputError(
+            f"The config file '{path}' does not exist."
+            if path
+            else "No config file is given: --config-file names one, for example "
+            "configs/quickstart.yaml."
+        )
     try:
         with open(path, "rb") as file:
             return file.read(_MAX_BYTES + 1)
