@@ -17,7 +17,7 @@ from runs import options, run_keys
 
 from balanced_det.config import load_config, parse_args
 from balanced_det.data import shapes
-from balanced_det.engine import Trainer, check_run
+from balanced_det.engine import Trainer, check_run, num_processes
 from balanced_det.errors import InputError
 from balanced_det.train import main
 
@@ -287,6 +287,17 @@ def test_missing_data_is_refused(data, tmp_path, which):
 def test_bad_value_is_refused(data, tmp_path, key, value, mentioned):
     arguments = ["--config-file", QUICKSTART, *small(data, tmp_path / "out"), key, value]
     refuse(arguments, tmp_path / "out", key, *mentioned)
+
+
+def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match=r"^--num-gpus is 8, but GPUs here are 2\.$"):
+        num_processes(parse_args(["--num-gpus", "8"]))
+    assert num_processes(parse_args(["--num-gpus", "2"])) == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert num_processes(parse_args(["--num-gpus", "8"])) == 8  # on its CPU
 
 
 def test_batch_that_workers_cannot_share_is_refused(data, tmp_path):

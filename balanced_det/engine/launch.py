@@ -30,9 +30,18 @@ def is_first_process(args: argparse.Namespace) -> bool:
 
 
 def num_processes(args: argparse.Namespace) -> int:
-    """Return how many processes train, on all machines."""
+    """Return how many processes train, on all machines.
+
+    Raises:
+        InputError: more GPUs are asked for than this machine has. Without any, processes train on
+            its CPU.
+    """
     if started_by_torchrun():
         return int(os.environ["WORLD_SIZE"])
+    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        raise InputError(
+            f"--num-gpus is {args.num_gpus}, but GPUs here are {torch.cuda.device_count()}."
+        )
     return max(args.num_gpus, 1) * args.num_machines
 
 
