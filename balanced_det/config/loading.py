@@ -1,7 +1,6 @@
 """From config files and a command line to a config: read, merged key by key, mistakes named."""
 
 import dataclasses
-import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from .files import Layer, read_layers
 from .imports import import_modules, resolve_imports
 from .keys import add_balanced_det_config, add_own_node, slot_keys
 from .lazy import is_lazy_file, load_lazy_config
+from .reads import value_of
 from .values import check_values
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def merged(layers: list[Layer]) -> CfgNode:
                 if automatic[key]:
                     continue
             _set(cfg, key, value, layer.source)
-        slots = {slot: _value(cfg, slot) for slot in (*slot_keys(), "MODEL.BACKBONE.NAME")}
+        slots = {slot: value_of(cfg, slot) for slot in (*slot_keys(), "MODEL.BACKBONE.NAME")}
         origins.update(dict.fromkeys(layer.values, Origin(layer.source, slots)))
     # Beside the keys, for what reads the config to say who set them; see balanced_det.build.
     cfg.BALANCE.__dict__["origins"] = origins
@@ -151,10 +151,6 @@ def _number(cfg, key, value):
     if isinstance(node.get(name), float) and type(CfgNode._decode_cfg_value(value)) is int:
         return float(CfgNode._decode_cfg_value(value))
     return value
-
-
-def _value(cfg, key):
-    return functools.reduce(dict.__getitem__, key.split("."), cfg)
 
 
 def _reason(error):
