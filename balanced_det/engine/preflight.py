@@ -109,10 +109,10 @@ def _check_model(cfg, eval_only, resumes):
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     trainer = trainer_of(cfg)
-    with in_a_sentence("The model cannot be built", cfg):
+    with in_a_sentence("The model cannot be built", cfg, keep=False):
         model = trainer.build_model(cfg, count=not eval_only)
     if not eval_only:
-        with in_a_sentence("The optimizer cannot be built", cfg):
+        with in_a_sentence("The optimizer cannot be built", cfg, keep=False):
             optimizer = trainer.build_optimizer(cfg, model)
             trainer.build_lr_scheduler(cfg, optimizer)
     if not resumes and not is_local(cfg.MODEL.WEIGHTS):
@@ -182,7 +182,7 @@ def _check_augmentations(cfg):
     if lazy_config(cfg) is not None:
         return
     for is_train in (True, False):
-        with in_a_sentence("INPUT: images cannot be prepared", cfg):
+        with in_a_sentence("INPUT: images cannot be prepared", cfg, keep=False):
             mapper = DatasetMapper(cfg, is_train)
             mapper.augmentations(AugInput(np.zeros((480, 640, 3), np.uint8)))
 
