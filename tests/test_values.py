@@ -27,6 +27,7 @@ FIXED_GAMMA = {"SOLVER.LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR"}
 PRECISE_BN = {"TEST.PRECISE_BN.ENABLED": True, "TEST.EVAL_PERIOD": 1}
 PYRAMID = {"MODEL.BACKBONE.NAME": "build_balanced_pyramid_backbone"}
 FOCAL = {"BALANCE.ROI_HEADS.CLASSIFICATION_LOSS": "FocalLoss"}
+STEM = {"MODEL.RESNETS.OUT_FEATURES": ["stem", "res2", "res3", "res4", "res5"]}
 ALL_SIXTEEN = [[-16]] * 5
 
 # Beside the quickstart's keys: what makes a key of effect, and what it cannot be.
@@ -38,6 +39,7 @@ FASTER = [
     ("MODEL.BACKBONE.NAME", {}, "resnet", ""),
     ("MODEL.BACKBONE.FREEZE_AT", {}, -1, 2.5, "x"),
     ("MODEL.FPN.IN_FEATURES", {}, [], ["res1"], ["res2", "res2"], ["res5", "res4"], "res2", [2]),
+    ("MODEL.FPN.IN_FEATURES", STEM, ["stem"]),
     ("MODEL.FPN.OUT_CHANNELS", {}, 0, -1, 1.5),
     ("MODEL.FPN.NORM", {}, "Batch", "GN", "bn"),
     ("MODEL.FPN.FUSE_TYPE", {}, "max", ""),

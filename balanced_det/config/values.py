@@ -379,7 +379,7 @@ def _feature_misfits(keys, coarser):
     if not used or list(used) != list(known[known.index(used[0]) :][: len(used)]):
         yield f"MODEL.FPN.IN_FEATURES is {used}; it must be neighbours, fine to coarse."
         return
-    last = int(used[-1].removeprefix("res"))
+    last = max(known.index(used[-1]), 1) + 1  # p2 is of res2 and, as large as that, of the stem
     levels = [f"p{level}" for level in range(last - len(used) + 1, last + coarser + 1)]
     for node in _USES_FEATURES.get(keys.META_ARCHITECTURE, ()):
         for name in keys[node].IN_FEATURES:
