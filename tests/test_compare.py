@@ -48,7 +48,7 @@ def write_json(path, content):
     return path
 
 
-def finished_run(folder, annotations, detections, seed=0, **keys):
+def finished_run(folder, annotations, detections, seed=0, device="cpu", **keys):
     """Write what a run leaves: its config, its detections, and their evaluation."""
     name = str(annotations)
     cfg = load_config(
@@ -60,6 +60,7 @@ def finished_run(folder, annotations, detections, seed=0, **keys):
         **keys,
     )
     cfg.OUTPUT_DIR = str(folder)
+    cfg.MODEL.DEVICE = device  # of the machine that trained, which need not be ours
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(cfg.dump())
     found = write_json(folder / "inference/lvis_instances_results.json", detections)
@@ -253,9 +254,7 @@ def test_folders_that_differ_in_their_seed_alone_are_runs_of_one_setup(tmp_path)
 
 def test_cost_and_card_are_those_of_the_runs_own_files(two, tmp_path):
     _, annotations, _, _ = two
-    folder = finished_run(
-        tmp_path / "run", annotations, [], SOLVER__MAX_ITER=100, MODEL__DEVICE="cuda:1"
-    )
+    folder = finished_run(tmp_path / "run", annotations, [], device="cuda:1", SOLVER__MAX_ITER=100)
     (folder / "log.txt").write_text(
         "GPU available                    Yes\n"
         "GPU 0                            Some Card 80GB (arch=9.0)\n"
