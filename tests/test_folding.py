@@ -130,6 +130,14 @@ def test_inference_under_autocast_leaves_that_without_it_as_it_was():
         assert torch.equal(found[name], value)
 
 
+@torch.no_grad()
+def test_shapes_are_known_without_numbers():
+    folded = fold_frozen_norms(normalized_backbone()).eval()
+    expected = {name: value.shape for name, value in output(folded).items()}
+    found = folded.to("meta")(torch.empty(2, 3, 96, 128, device="meta"))
+    assert {name: value.shape for name, value in found.items()} == expected
+
+
 def test_normalization_that_learns_stays_as_it_is():
     backbone = fold_frozen_norms(normalized_backbone({"MODEL.RESNETS.NORM": "BN"}))
     # The frozen stem and first stage have frozen normalization whatever the others have.

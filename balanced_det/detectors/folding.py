@@ -54,7 +54,8 @@ class FoldedConv2d(Conv2d):
             self._kept = None
             return weight * scale.view(-1, 1, 1, 1), shift
         dtype = weight.dtype
-        if torch.is_autocast_enabled(device_type):
+        # Of a type without autocast, such as "meta", nobody may ask whether it is enabled.
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         state = _state([weight, scale]), dtype
         kept = self._kept
