@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .calibration import ScoreCalibration
 from .config.keys import SLOTS, method_names, method_weights
 from .config.lazy import lazy_config
-from .config.reads import recorded
+from .config.reads import recorded, value_of
 from .config.unused import refuse_unused
 from .config.values import check_pairs, check_values
 from .criterion import Criterion
@@ -263,8 +263,8 @@ def refuse_overridden_keys(
         keys: {Detectron2 key: (its default, the key to use instead)}.
     """
     for key, (default, instead) in keys.items():
-        value = _value(cfg, key)
-        if value not in (default, _value(cfg, instead)):
+        value = value_of(cfg, key)
+        if value not in (default, value_of(cfg, instead)):
             raise InputError(
                 f"{key} is {value!r}, but BALANCE.{_part(part).name} decides the losses here: set "
                 f"{instead}."
@@ -273,11 +273,6 @@ def refuse_overridden_keys(
 
 def _part(part: Part | str) -> Part:
     return part if isinstance(part, Part) else PARTS[part]
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    # dict's own look-up: comparing is no read of the key.
-    return functools.reduce(dict.__getitem__, key.split("."), cfg)
 
 
 def _build_classification_loss(cfg: CfgNode, part: Part, num_classes: int) -> ClassificationLoss:

@@ -155,7 +155,7 @@ class Comparison:
 
     def _interval(self, of, values, spread):
         enough = self.holding[of] >= _MIN_IMAGES
-        return _interval(values, spread, self.seeds_freedom, enough)
+        return interval_of(values, spread, self.seeds_freedom, enough)
 
     def _spread(self, of):
         """(M,) or (K,) standard deviation between runs of one entry, pooled over all."""
@@ -164,7 +164,9 @@ class Comparison:
         return np.sqrt(squares / max(self.seeds_freedom, 1))
 
 
-def _interval(values, spread, freedom, enough):
+def interval_of(
+    values: np.ndarray, spread: np.ndarray, freedom: int, enough: np.ndarray
+) -> Interval:
     """Return the :class:`Interval` of n numbers.
 
     Args:

@@ -9,14 +9,17 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from detectron2.engine import HookBase
-from matplotlib.figure import Figure
 from torch import nn
 
 from .errors import InputError
 from .losses import GradientDensity
+
+if TYPE_CHECKING:  # nobody else needs it, see above
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +88,7 @@ def gradient_densities(model: nn.Module) -> Iterator[tuple[str, str, GradientDen
             yield f"{owner or 'dense.'}{slot}", type(module).__name__, density
 
 
-def draw_gradients(density: GradientDensity, title: str) -> Figure:
+def draw_gradients(density: GradientDensity, title: str) -> "Figure":
     """Return the matplotlib figure of a :class:`~balanced_det.losses.GradientDensity`.
 
     Totals count every element of a bin with the length at its centre, so that of the first bin,

@@ -76,7 +76,7 @@ class Rows:
         """
         value = getattr(self, name)
         if value is None:
-            raise InputError(f"These rows have no {name}, which the sampler needs.")
+            raise InputError(f"These rows came without their {name}, which is needed here.")
         return value
 
     def keep(self, mask: torch.Tensor) -> "Rows":

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from models import DETECTORS, config
 
@@ -105,6 +105,20 @@ def test_weights_that_change_between_two_inferences_take_effect(amp):
         assert torch.equal(after, before) == (change is changes[0])
 
 
+@torch.no_grad()
+def test_memory_that_is_given_out_again_is_not_taken_for_the_weight_of_before():
+    # Its normalization is the identity.
+    conv = FoldedConv2d(Conv2d(8, 8, 3, norm=FrozenBatchNorm2d(8), bias=False))
+    image = torch.randn(1, 8, 5, 5)
+    for _ in range(200):
+        # As a module exchanges memory that is moved or gets another type. At the second time the
+        # memory that the first has freed is free, and is given out in most of the rounds.
+        conv.weight.data = torch.randn(8, 8, 3, 3)
+        conv.weight.data = torch.randn(8, 8, 3, 3)
+        expected = torch.nn.functional.conv2d(image, conv.weight, torch.zeros(8))
+        assert torch.equal(conv(image), expected)
+
+
 def test_inference_under_autocast_leaves_that_without_it_as_it_was():
     folded = fold_frozen_norms(normalized_backbone()).eval()
     with torch.no_grad():
@@ -114,6 +128,14 @@ def test_inference_under_autocast_leaves_that_without_it_as_it_was():
         found = output(folded)
     for name, value in expected.items():
         assert torch.equal(found[name], value)
+
+
+@torch.no_grad()
+def test_shapes_are_known_without_numbers():
+    folded = fold_frozen_norms(normalized_backbone()).eval()
+    expected = {name: value.shape for name, value in output(folded).items()}
+    found = folded.to("meta")(torch.empty(2, 3, 96, 128, device="meta"))
+    assert {name: value.shape for name, value in found.items()} == expected
 
 
 def test_normalization_that_learns_stays_as_it_is():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import sys
 from types import SimpleNamespace
 
 import matplotlib.image
@@ -120,6 +121,15 @@ def test_figures_that_cannot_be_are_refused(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match="matplotlib"):
         PlotGradients(1, str(tmp_path))
+
+
+def test_the_hook_is_imported_where_there_is_no_matplotlib(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    spec = importlib.util.find_spec("balanced_det.gradient_figure")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PlotGradients is not PlotGradients  # it ran anew
 
 
 def clipped_step(clip_type, gradient_norm, scaler=None, clip_value=0.5):

@@ -373,3 +373,17 @@ def test_what_a_loss_says_of_the_order_of_its_scores_is_true(name):
     # One and the same function: of a column alone too. (Where a tensor has gaps, torch's sigmoid on
     # the CPU takes another way, which may differ in the last bit. What is scored has none.)
     assert torch.equal(loss.scores(logits[:, 3:4].contiguous()), scores[:, 3:4])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "keys", [RETINANET, FCOS, FASTER, CASCADE], ids=["retinanet", "fcos", "faster", "cascade"]
+)
+def test_models_of_float64_detect_as_those_of_float32(keys):
+    torch.manual_seed(0)
+    model = build_model(config(keys)).eval()
+    found = model(batch((2, 3)))
+    for ours, exact in zip(found, model.double()(batch((2, 3))), strict=True):
+        # Rounding of 1e-7 in each of some 60 layers; equal scores may swap their boxes.
+        scores, expected = ours["instances"].scores, exact["instances"].scores
+        torch.testing.assert_close(scores, expected.float(), rtol=1e-4, atol=0)

@@ -99,6 +99,15 @@ def test_no_masks_and_masks_that_fill_the_image(device):
     assert rle == pasted(masks, box, (30, 20))[0] and coco_mask.area(rle) == 600
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_masks_of_which_nothing_shows_are_one_run_each(device, count):
+    masks = torch.zeros(count, 28, 28, device=device)
+    boxes = torch.tensor([[3.0, 4, 15, 20]], device=device).repeat(count, 1)
+    found = masks_to_rle(masks, boxes, (30, 20))
+    assert found == pasted(masks, boxes, (30, 20))
+    assert [coco_mask.area(rle) for rle in found] == [0] * count
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_masks_of_other_types(device, dtype):
     torch.manual_seed(0)

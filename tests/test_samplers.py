@@ -577,6 +577,14 @@ def test_cuda_and_cpu_agree_in_counts_and_in_distribution(name, parameters):
     assert means["cpu"].item() == pytest.approx(means["cuda"].item(), abs=0.02)
 
 
+def test_what_rows_came_without_is_named():
+    labels = torch.tensor([[0, BG]])
+    with pytest.raises(InputError, match="without their ious"):
+        IoUBalancedSampler()(Rows(labels, BG), Quota(2, 0.5))
+    with pytest.raises(InputError, match="without their losses"):
+        OHEMSampler()(Rows(labels, BG), Quota(2, 0.5))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "parameters"), CONFIGURED)
 def test_the_host_never_waits_for_the_device(name, parameters, recwarn):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from detectron2.data import build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
+from detectron2.engine.hooks import CallbackHook
 from runs import CLASSES, make_data, run_config
 from torch import nn
 
@@ -432,8 +433,11 @@ def test_bad_number_is_named_and_reaches_nothing(data, tmp_path, where, named, c
         run_step()
 
     trainer.run_step = remember
-    with pytest.raises(NonFiniteError, match=f"^Iteration 1: .*{named}.*images [0-9]+ '.*jpg'"):
+    pattern = f"^Iteration 1: .*{named}.*images [0-9]+ '.*jpg'"
+    with pytest.raises(NonFiniteError, match=pattern) as told:
         trainer.train()
+    # Weights that are not finite stay so, however many steps are skipped.
+    assert ("SKIP_BAD_STEPS" in str(told.value)) == (where != "weight")
     if where != "weight":
         assert same(before[1], state_of(trainer))
     assert [os.path.basename(p) for p in saved_checkpoints(str(tmp_path))] == ["model_0000000.pth"]
@@ -458,6 +462,23 @@ def test_bad_step_is_skipped_by_key_up_to_its_limit(data, tmp_path):
     Poison(trainer, 2, "gradient")
     with pytest.raises(NonFiniteError, match="Iteration 2"):
         trainer.train()
+
+
+def test_a_skipped_step_leaves_scaled_gradients_to_the_next(data, tmp_path):
+    cfg = config(data, tmp_path, BALANCE__SKIP_BAD_STEPS=1, SOLVER__MAX_ITER=3)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    # What mixed precision has on a GPU; it scales gradients of float32 as well.
+    scaler = trainer._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    Poison(trainer, 1, "loss")
+    before = []
+    weight = trainer.model.roi_heads.box_predictor.cls_score.weight
+    remember = CallbackHook(before_step=lambda _: before.append(weight.detach().clone()))
+    trainer.register_hooks([remember])
+    trainer.train()
+    assert trainer._trainer.skipped_steps == 1
+    assert torch.equal(before[1], before[2]) and not torch.equal(before[2], weight)
+    assert scaler.get_scale() == 512  # gradients of a bad loss are taken for an overflow
 
 
 # --- Loading images -------------------------------------------------------------------------------

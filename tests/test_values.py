@@ -13,7 +13,7 @@ from detectron2.config import get_cfg
 from balanced_det.config import add_balanced_det_config, check_values, load_config
 from balanced_det.config.reads import all_values
 from balanced_det.config.values import _CAN_BE_NONE
-from balanced_det.engine import Trainer, check_run
+from balanced_det.engine import Trainer, check_run, in_a_sentence
 from balanced_det.engine.output import locked
 from balanced_det.errors import InputError
 
@@ -27,6 +27,7 @@ FIXED_GAMMA = {"SOLVER.LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR"}
 PRECISE_BN = {"TEST.PRECISE_BN.ENABLED": True, "TEST.EVAL_PERIOD": 1}
 PYRAMID = {"MODEL.BACKBONE.NAME": "build_balanced_pyramid_backbone"}
 FOCAL = {"BALANCE.ROI_HEADS.CLASSIFICATION_LOSS": "FocalLoss"}
+STEM = {"MODEL.RESNETS.OUT_FEATURES": ["stem", "res2", "res3", "res4", "res5"]}
 ALL_SIXTEEN = [[-16]] * 5
 
 # Beside the quickstart's keys: what makes a key of effect, and what it cannot be.
@@ -38,6 +39,7 @@ FASTER = [
     ("MODEL.BACKBONE.NAME", {}, "resnet", ""),
     ("MODEL.BACKBONE.FREEZE_AT", {}, -1, 2.5, "x"),
     ("MODEL.FPN.IN_FEATURES", {}, [], ["res1"], ["res2", "res2"], ["res5", "res4"], "res2", [2]),
+    ("MODEL.FPN.IN_FEATURES", STEM, ["stem"]),
     ("MODEL.FPN.OUT_CHANNELS", {}, 0, -1, 1.5),
     ("MODEL.FPN.NORM", {}, "Batch", "GN", "bn"),
     ("MODEL.FPN.FUSE_TYPE", {}, "max", ""),
@@ -422,10 +424,36 @@ def test_what_no_check_foresaw_is_one_sentence_with_a_hint_where(data, tmp_path)
     assert "fail_by_an_assertion" in path.read_text()
 
 
+def test_a_check_before_the_run_writes_nothing_into_a_folder_that_is_there(data, tmp_path):
+    (tmp_path / "out").mkdir()
+    # Strides that no check knows: those of a pyramid on a dilated last stage.
+    keys = {"MODEL.RESNETS.RES5_DILATION": 2}
+    with pytest.raises(InputError, match="The model cannot be built: .*BALANCED_DET_TRACEBACK=1"):
+        check(data, tmp_path / "out", "faster", keys)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_environment_may_ask_for_the_exception_itself(data, tmp_path, monkeypatch):
     monkeypatch.setenv("BALANCED_DET_TRACEBACK", "1")
     with pytest.raises(AssertionError):
         failing(data, tmp_path).train()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "a.json"), "No space left on device: 'a.json'"),
+        (KeyError("p7"), "p7"),
+        (ValueError(3, "a"), "(3, 'a')"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory"),
+    ],
+)
+def test_a_sentence_says_what_the_exception_says(tmp_path, error, said):
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    with pytest.raises(InputError) as told, in_a_sentence("The evaluation failed", cfg):
+        raise error
+    assert f"{said} ({type(error).__name__} in test_values.py, line " in str(told.value)
 
 
 def test_proposals_that_are_not_finite_are_a_bad_step(data, tmp_path):

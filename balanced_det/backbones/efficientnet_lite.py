@@ -87,9 +87,8 @@ class EfficientNetLite(Backbone):
         _check("norm", norm, NORMS)
         self.stem = ConvNormReLU6(3, _STEM_CHANNELS, kernel=3, stride=2, norm=norm)
         self.blocks = nn.ModuleList()
-        self._taps: dict[
-            str, tuple[int, ShapeSpec]
-        ] = {}  # feature map -> (its block's index, shape)
+        # By name of a feature map: the index of its block, and its shape.
+        self._taps: dict[str, tuple[int, ShapeSpec]] = {}
         channels, stride = _STEM_CHANNELS, 2
         for block in _block_plan(SCALINGS[name]):
             self.blocks.append(InvertedResidual(channels, norm=norm, **block))

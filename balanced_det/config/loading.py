@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from .files import Layer, read_layers
 from .imports import import_modules, resolve_imports
 from .keys import add_balanced_det_config, add_own_node, slot_keys
 from .lazy import is_lazy_file, load_lazy_config
-from .reads import leaves
+from .reads import all_values, value_of
 from .values import check_values
 
 logger = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ def merged(layers: list[Layer]) -> CfgNode:
                 if automatic[key]:
                     continue
             _set(cfg, key, value, layer.source)
-        slots = {slot: _value(cfg, slot) for slot in (*slot_keys(), "MODEL.BACKBONE.NAME")}
+        slots = {slot: value_of(cfg, slot) for slot in (*slot_keys(), "MODEL.BACKBONE.NAME")}
         origins.update(dict.fromkeys(layer.values, Origin(layer.source, slots)))
     # Beside the keys, for what reads the config to say who set them; see balanced_det.build.
     cfg.BALANCE.__dict__["origins"] = origins
@@ -164,13 +163,9 @@ def _pairs_hint(opts):
 
 def _nearest_key(cfg, key):
     """Say which key a misspelt one is nearest to; nothing of one that exists, or is like none."""
-    known = [name.removeprefix(".") for name in leaves(cfg, "")]
+    known = all_values(cfg)
     near = [] if key in known else difflib.get_close_matches(key, known, n=1, cutoff=0.85)
     return f"; the nearest is {near[0]}" if near else ""
-
-
-def _value(cfg, key):
-    return functools.reduce(dict.__getitem__, key.split("."), cfg)
 
 
 def _reason(error):

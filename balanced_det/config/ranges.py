@@ -4,7 +4,6 @@ Intervals are written as in mathematics: ``[0, 1)`` holds 0 and not 1. In a list
 list, each number has to lie inside. Parameters of methods are checked by their constructors.
 """
 
-import functools
 import math
 import operator
 from typing import Any
@@ -13,6 +12,7 @@ from detectron2.config import CfgNode
 
 from ..errors import InputError
 from ..parts import PARTS
+from .reads import value_of
 
 _SHARE = "[0, 1]"
 _AT_LEAST_0 = "[0, inf)"
@@ -164,11 +164,11 @@ def check_ranges(cfg: CfgNode) -> None:
         InputError: naming the key, its value and the interval.
     """
     for key, old in _OLD_OFF.items():
-        value = _value(cfg, key)
+        value = value_of(cfg, key)
         if value == old:
             raise InputError(f"{key} is {value!r}, which was off; off is None.")
     for key, interval in RANGES.items():
-        value = _value(cfg, key)
+        value = value_of(cfg, key)
         for number in flat(value):
             if number is not None and not inside(number, interval):
                 off = f", or be None {_CAN_BE_OFF[key]}" if key in _CAN_BE_OFF else ""
@@ -180,10 +180,6 @@ def flat(value: Any) -> list:
     if not isinstance(value, (list, tuple)):
         return [value]
     return [inner for item in value for inner in flat(item)]
-
-
-def _value(cfg, key):
-    return functools.reduce(dict.__getitem__, key.split("."), cfg)
 
 
 def inside(number: float, interval: str) -> bool:

@@ -63,11 +63,16 @@ def recorded(cfg: CfgNode) -> tuple[CfgNode, set[str]]:
     return cfg, reads
 
 
+def value_of(cfg: CfgNode, name: str) -> Any:
+    """Return what a full name such as "SOLVER.BASE_LR" has in a config, which is no read of it."""
+    return functools.reduce(dict.__getitem__, name.split("."), cfg)
+
+
 def own_values(cfg: CfgNode) -> dict:
     """Return {full name: value} of the keys of this project; none of them is read in that."""
     found: dict[str, Any] = {}
     for name in OWN_NODES:
-        found.update(leaves(functools.reduce(dict.__getitem__, name.split("."), cfg), name))
+        found.update(leaves(value_of(cfg, name), name))
     return found
 
 

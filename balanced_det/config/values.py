@@ -15,7 +15,7 @@ from ..parts import PARTS
 from .keys import PYRAMID_BUILDER, add_balanced_det_config
 from .lazy import lazy_config
 from .ranges import check_ranges, flat, is_number
-from .reads import all_values
+from .reads import all_values, value_of
 
 _NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 _NORM_KEYS = tuple(
@@ -122,7 +122,7 @@ def check_values(cfg: CfgNode) -> None:
     _check_lists(cfg)
     check_ranges(cfg)
     for key, choices in CHOICES.items():
-        value = _value(cfg, key)
+        value = value_of(cfg, key)
         if value not in choices and not (value is None and key in _CAN_BE_NONE):
             known = ", ".join(repr(choice) for choice in choices)
             raise InputError(f"{key} is {value!r}; known are: {known}.")
@@ -139,11 +139,6 @@ def check_pairs(cfg: CfgNode) -> None:
     """
     for sentence in _misfits(cfg):
         raise InputError(sentence)
-
-
-def _value(cfg, key):
-    # dict's own look-up: comparing is no read of the key.
-    return functools.reduce(dict.__getitem__, key.split("."), cfg)
 
 
 # --- Each key for itself --------------------------------------------------------------------------
@@ -167,7 +162,7 @@ def _defaults_that_are_values():
 def _refuse_none(cfg):
     """Refuse None where a value is wanted; yacs takes it for every key."""
     for key, default in _defaults_that_are_values().items():
-        if _value(cfg, key) is None:
+        if value_of(cfg, key) is None:
             raise InputError(
                 f"{key} is None; it must be a {type(default).__name__}, as {default!r} is."
             )
@@ -175,20 +170,20 @@ def _refuse_none(cfg):
 
 def _check_lists(cfg):
     for key in _NAMES:
-        names = _value(cfg, key)
+        names = value_of(cfg, key)
         if not all(isinstance(name, str) and name for name in names):
             raise InputError(f"{key} is {names}; it must be a list of names.")
         if len({*names}) < len(names):
             raise InputError(f"{key} is {names}; a name stands twice in it.")
     for key in _NEVER_EMPTY:
-        if not _value(cfg, key):
+        if not value_of(cfg, key):
             raise InputError(f"{key} is empty.")
     for key, length in _LENGTHS.items():
-        value = _value(cfg, key)
+        value = value_of(cfg, key)
         if len(value) != length:
             raise InputError(f"{key} is {value}; it must have {length} values.")
     for key in _INTEGERS:
-        value = _value(cfg, key)
+        value = value_of(cfg, key)
         if not all(n is None or _is_whole(n) for n in flat(value)):
             raise InputError(f"{key} is {value}; it must be made of whole numbers.")
 
@@ -384,7 +379,7 @@ def _feature_misfits(keys, coarser):
     if not used or list(used) != list(known[known.index(used[0]) :][: len(used)]):
         yield f"MODEL.FPN.IN_FEATURES is {used}; it must be neighbours, fine to coarse."
         return
-    last = int(used[-1].removeprefix("res"))
+    last = max(known.index(used[-1]), 1) + 1  # p2 is of res2 and, as large as that, of the stem
     levels = [f"p{level}" for level in range(last - len(used) + 1, last + coarser + 1)]
     for node in _USES_FEATURES.get(keys.META_ARCHITECTURE, ()):
         for name in keys[node].IN_FEATURES:
@@ -410,6 +405,6 @@ def _norm_misfits(keys):
         "FCOS": ("FPN.OUT_CHANNELS", keys.META_ARCHITECTURE == "BalancedFCOS"),
     }
     for node, (key, is_used) in channels.items():
-        number = _value(keys, key)
+        number = value_of(keys, key)
         if is_used and keys[node].NORM == "GN" and number % 32:
             yield f"MODEL.{node}.NORM is 'GN', which needs 32 groups; MODEL.{key} is {number}."

@@ -18,8 +18,8 @@ from .survey import Columns
 LVIS_TAIL_THRESHOLD = 0.00177
 # The repeat threshold of LVIS (arXiv 1908.03195): 100 of 100,000 images.
 LVIS_REPEAT_THRESHOLD = 0.001
-# Above this share a threshold is not suggested: the half of the classes is. With a tail of 168 of
-# 173 classes EQL was behind its control (docs/results.md).
+# A threshold that makes a larger share of the classes tail is not suggested, TAIL_SHARE is. With a
+# tail of 168 of 173 classes EQL was behind its control (docs/results.md).
 SUGGESTED_TAIL_SHARE = 0.8
 
 _EPOCHS = 12  # Detectron2's 1x schedule on COCO

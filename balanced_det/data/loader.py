@@ -65,16 +65,8 @@ class NamingMapper:
     def __call__(self, record: dict) -> dict:
         """Return what the mapper makes of ``record``; raises InputError for a broken image."""
         path = record["file_name"]
-        if is_turned(path) and not detectron2_turns_photos():
-            raise InputError(
-                f"'{path}' is turned by its EXIF data, which the installed Detectron2 ignores, so "
-                "boxes would lie elsewhere: run tools/restore_detectron2.py on it."
-            )
-        if is_turned_by_pillow(path):
-            raise InputError(
-                f"'{path}' is a TIFF that its EXIF data turn, which Pillow does, and Detectron2 "
-                "then does again, so boxes would lie elsewhere: save it upright."
-            )
+        if is_turned(path):
+            _refuse_turned(path)
         try:
             return self.mapper(record)
         except InputError:
@@ -85,6 +77,20 @@ class NamingMapper:
 
 def _reason(error):
     return " ".join(printable(getattr(error, "strerror", None) or error).split()).rstrip(".!")
+
+
+def _refuse_turned(path):
+    """Refuse an image that EXIF data turn, where Detectron2 would turn it not at all or twice."""
+    if not detectron2_turns_photos():
+        raise InputError(
+            f"'{path}' is turned by its EXIF data, which the installed Detectron2 ignores, so "
+            "boxes would lie elsewhere: run tools/restore_detectron2.py on it."
+        )
+    if is_turned_by_pillow(path):
+        raise InputError(
+            f"'{path}' is a TIFF that its EXIF data turn, which Pillow does, and Detectron2 "
+            "then does again, so boxes would lie elsewhere: save it upright."
+        )
 
 
 @cache
@@ -263,7 +269,8 @@ class TestLoader:
     def __iter__(self) -> Iterator[list[dict]]:
         hidden = None if comm.is_main_process() else True  # None: where there is no terminal
         images = len(cast(Sized, self.loader.sampler))  # of this worker
-        with tqdm(total=images, desc=self.name, unit="image", disable=hidden) as progress:
+        name = printable(self.name)
+        with tqdm(total=images, desc=name, unit="image", disable=hidden) as progress:
             for batch in _raising(self.loader):
                 yield batch
                 progress.update(len(batch))

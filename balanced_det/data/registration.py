@@ -32,11 +32,11 @@ from .statistics import DatasetStatistics, dataset_statistics
 logger = logging.getLogger(__name__)
 
 _BUILTIN_NAMES = frozenset(_PREDEFINED_SPLITS_COCO["coco"]).union(*_PREDEFINED_SPLITS_LVIS.values())
-_images_anywhere: dict[str, bool] = {}  # name -> whether its file names may leave its image root
-_registered: dict[
-    str, tuple[str, str]
-] = {}  # name -> (json_file, image_root), of all that this module registered
-_read: dict[str, "_Read"] = {}  # name -> of all that this module has read
+# By name of the data set: whether its file names may leave its image root; json_file and image_root
+# of all that this module registered; and what it has read.
+_images_anywhere: dict[str, bool] = {}
+_registered: dict[str, tuple[str, str]] = {}
+_read: dict[str, "_Read"] = {}
 
 
 @dataclass(frozen=True)

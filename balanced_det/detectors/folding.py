@@ -32,8 +32,8 @@ class FoldedConv2d(Conv2d):
         # The state of the sources below, and what to multiply and add.
         self._constants: tuple[list, Tensor, Tensor] | None = None
         self._sources: tuple[Tensor, ...] = ()
-        # Without gradients: the state of weight and scale, the folded weight, what to add, scale.
-        self._kept: tuple[tuple, Tensor, Tensor, Tensor] | None = None
+        # Without gradients: the state of weight and scale, these, the folded weight, what to add.
+        self._kept: tuple[tuple, tuple[Tensor, Tensor], Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalize x (N, in_channels, H, W)."""
@@ -54,15 +54,20 @@ class FoldedConv2d(Conv2d):
             self._kept = None
             return weight * scale.view(-1, 1, 1, 1), shift
         dtype = weight.dtype
-        if torch.is_autocast_enabled(device_type):
+        # Of a type without autocast, such as "meta", nobody may ask whether it is enabled.
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         state = _state([weight, scale]), dtype
-        if self._kept is None or self._kept[0] != state:
+        kept = self._kept
+        if kept is None or kept[0] != state:
             with torch.inference_mode(False):
-                folded = weight.detach() * scale.view(-1, 1, 1, 1)
-                # With the scale, so that no other tensor takes its place.
-                self._kept = state, folded.to(dtype), shift.to(dtype), scale
-        return self._kept[1], self._kept[2]
+                detached = weight.detach()
+                folded = detached * scale.view(-1, 1, 1, 1)
+                # With what they are made of, so that no other memory takes its place and has its
+                # state: a module that is moved exchanges the memory of its parameters alone.
+                kept = state, (detached, scale), folded.to(dtype), shift.to(dtype)
+                self._kept = kept
+        return kept[2], kept[3]
 
     def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Return what the normalization multiplies and adds, (out_channels,) each."""

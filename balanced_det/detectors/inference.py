@@ -309,7 +309,7 @@ def _begins(sizes: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _scores(criterion: Criterion, logits: Tensor, centerness: Tensor | None) -> Tensor:
-    scores = criterion.scores(logits)
+    scores = criterion.scores(logits).float()
     if centerness is None:
         return scores
     return (scores * centerness.float().sigmoid()).sqrt()

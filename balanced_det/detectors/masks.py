@@ -188,8 +188,6 @@ def _changes(masks: Tensor, boxes: Tensor, tiles: np.ndarray, height: int, width
     grid_y = grid_y.where((down >= 0) & (down < rows[:, None]), _OUTSIDE)
     shape = (len(tiles), len(across), len(down))
     grid = torch.stack([grid_x[:, :, None].expand(shape), grid_y[:, None, :].expand(shape)], dim=3)
-    if not masks.is_floating_point():
-        masks = masks.float()
     # Sampled by columns: (T, W, H + 2).
     values = F.grid_sample(masks[owner, None], grid.to(masks.dtype), align_corners=False)[:, 0]
     filled = values >= _THRESHOLD
@@ -239,7 +237,8 @@ def _texts(owner: Tensor, runs: Tensor, count: int) -> list[bytes]:
     """
     place = torch.arange(len(runs), device=runs.device)
     place = place - place.where(_is_first(owner), 0).cummax(0).values  # of a run in its mask
-    numbers = runs - F.pad(runs[:-2], (2, 0)).where(place > 2, 0)
+    # From the fourth of a mask on, less the one two before; there may be a single run in all.
+    numbers = runs - F.pad(runs, (2, 0))[:-2].where(place > 2, 0)
     # Groups of five bits, as many as hold a number with its sign.
     size = numbers ^ (numbers >> 63)  # of as many bits without the sign
     shifts = 5 * torch.arange(_GROUPS, device=runs.device)

@@ -1,6 +1,5 @@
 """What is checked before a run starts a process or writes a file."""
 
-import functools
 import logging
 import os
 
@@ -19,6 +18,7 @@ from detectron2.modeling.roi_heads import (
 
 from .. import detectors  # noqa: F401  (registers them)
 from ..config.lazy import lazy_config
+from ..config.reads import value_of
 from ..config.values import check_pairs
 from ..data.registration import check_masks, check_same_classes, training_statistics
 from ..data.training_samplers import TRAINING_SAMPLERS
@@ -109,10 +109,10 @@ def _check_model(cfg, eval_only, resumes):
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     trainer = trainer_of(cfg)
-    with in_a_sentence("The model cannot be built", cfg):
+    with in_a_sentence("The model cannot be built", cfg, keep=False):
         model = trainer.build_model(cfg, count=not eval_only)
     if not eval_only:
-        with in_a_sentence("The optimizer cannot be built", cfg):
+        with in_a_sentence("The optimizer cannot be built", cfg, keep=False):
             optimizer = trainer.build_optimizer(cfg, model)
             trainer.build_lr_scheduler(cfg, optimizer)
     if not resumes and not is_local(cfg.MODEL.WEIGHTS):
@@ -146,7 +146,7 @@ _OTHER_TASKS = {
 def _check_task(cfg):
     """Refuse what this project's reader and evaluation do not serve."""
     for key, reasons in _OTHER_TASKS.items():
-        value = _value(cfg, key)
+        value = value_of(cfg, key)
         if value in reasons:
             raise InputError(f"{key} is {value!r}, which cannot be trained here: {reasons[value]}.")
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
@@ -161,7 +161,7 @@ def _check_names(cfg):
     if lazy_config(cfg) is not None:
         return
     for key, registry in _REGISTRIES.items():
-        name = _value(cfg, key)
+        name = value_of(cfg, key)
         if name not in registry and (name or _uses(cfg, key)):
             known = ", ".join(sorted(known for known, _ in registry))
             raise InputError(
@@ -182,7 +182,7 @@ def _check_augmentations(cfg):
     if lazy_config(cfg) is not None:
         return
     for is_train in (True, False):
-        with in_a_sentence("INPUT: images cannot be prepared", cfg):
+        with in_a_sentence("INPUT: images cannot be prepared", cfg, keep=False):
             mapper = DatasetMapper(cfg, is_train)
             mapper.augmentations(AugInput(np.zeros((480, 640, 3), np.uint8)))
 
@@ -217,10 +217,6 @@ def _check_choice(key, value, choices):
     if value not in choices:
         known = ", ".join(map(str, choices))
         raise InputError(f"{key} is {value!r}; known are: {known}.")
-
-
-def _value(cfg, key):
-    return functools.reduce(dict.__getitem__, key.split("."), cfg)
 
 
 def _check_writable(key, path):

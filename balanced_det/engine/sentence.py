@@ -6,7 +6,6 @@ import re
 import traceback
 from collections.abc import Iterator
 
-import torch
 from detectron2.config import CfgNode, get_cfg
 
 from ..config.keys import add_balanced_det_config
@@ -19,43 +18,45 @@ _MAX_KEYS = 3
 
 
 @contextlib.contextmanager
-def in_a_sentence(what: str, cfg: CfgNode) -> Iterator[None]:
+def in_a_sentence(what: str, cfg: CfgNode, keep: bool = True) -> Iterator[None]:
     """Raise whatever is raised inside as an :class:`InputError`, which is printed in one line.
 
     Detectron2 and torch raise nearly anything for a wrong value. The sentence has what they say,
-    where, and the keys that were set to what the message speaks of. Once the run has its folder,
-    the traceback is written there.
+    where, and the keys that were set to what the message speaks of.
 
     Args:
         what: the beginning of the sentence.
         cfg: the whole config.
+        keep: write the traceback into the run's folder, if that is there. False before the run
+            holds it: until then it may be another's.
     """
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        wanted = os.environ.get(TRACEBACK, "0") not in ("", "0")
-        if wanted or isinstance(error, torch.cuda.OutOfMemoryError):  # which has a sentence
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
-        raise InputError(
-            f"{what}: {_told(error)}{_suspects(cfg, str(error))}; {_more(cfg, error)}."
-        ) from error
+        more = _kept(cfg, error) if keep else None
+        more = f"'{more}' has more" if more else f"{TRACEBACK}=1 shows more"
+        raise InputError(f"{what}: {_told(error)}{_suspects(cfg, str(error))}; {more}.") from error
 
 
-def _more(cfg, error):
-    """Write the traceback into the run's folder, where there is one; say where to find it."""
+def _kept(cfg, error):
+    """Write the traceback into the run's folder and return its file; None where that fails."""
     path = os.path.join(cfg.OUTPUT_DIR, "traceback.txt")
     with contextlib.suppress(OSError), open(path, "a") as file:
         traceback.print_exception(error, file=file)
-        return f"'{path}' has more"
-    return f"{TRACEBACK}=1 shows more"
+        return path
+    return None
 
 
 def _told(error):
     """Return what an exception says and, since that may be little, where it was raised."""
     where = traceback.extract_tb(error.__traceback__)[-1]
-    text = str(error.args[0] if error.args else error).rstrip("!.")
+    # Of a KeyError and its like the text alone; the first argument of an OSError is a number.
+    is_text = bool(error.args) and isinstance(error.args[0], str)
+    text = str(error.args[0] if is_text else error).rstrip("!.")
     place = f"{os.path.basename(where.filename)}, line {where.lineno}"
     return f"{' '.join(text.split()) or where.line} ({type(error).__name__} in {place})"
 

@@ -107,6 +107,7 @@ class TrainStep(SimpleTrainer):
         self._count_skipped_images(broken, num_broken)
         if is_bad:
             self._refuse(losses, batches)
+            self.grad_scaler.update()  # without it, the next step could not be unscaled
             return
         self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)
@@ -185,10 +186,12 @@ class TrainStep(SimpleTrainer):
         self.optimizer.zero_grad()
         self.skipped_steps += 1
         message = f"Iteration {self.iter}: not finite: {'; '.join(found)}"
-        if weights or alone or self.skipped_steps > self.max_skipped:
+        never = bool(weights) or alone
+        if never or self.skipped_steps > self.max_skipped:
+            skip = "" if never else ", or let BALANCE.SKIP_BAD_STEPS steps be skipped"
             raise NonFiniteError(
                 f"{message}; nothing of this step was kept. Try a smaller SOLVER.BASE_LR or "
-                "SOLVER.CLIP_GRADIENTS, or let BALANCE.SKIP_BAD_STEPS steps be skipped."
+                f"SOLVER.CLIP_GRADIENTS{skip}."
             )
         logger.warning(
             "%s; skipped, %d of the %d steps that BALANCE.SKIP_BAD_STEPS allows.",

@@ -105,15 +105,15 @@ class Trainer(DefaultTrainer):
         # What is wrong with a config shows in the first step; what fails later is another matter.
         is_first = self.iter == self.start_iter
         net = in_a_sentence("The first step failed", self.cfg)
-        try:
-            with net if is_first else contextlib.nullcontext():
+        with net if is_first else contextlib.nullcontext():
+            try:
                 super().run_step()
-        except torch.cuda.OutOfMemoryError as error:
-            raise InputError(
-                f"Iteration {self.iter}: the GPU has too little memory: lower "
-                "SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN or INPUT.MAX_SIZE_TRAIN, or set "
-                f"SOLVER.AMP.ENABLED ({str(error).split('. ')[0]})."
-            ) from error
+            except torch.cuda.OutOfMemoryError as error:
+                raise InputError(
+                    f"Iteration {self.iter}: the GPU has too little memory: lower "
+                    "SOLVER.IMS_PER_BATCH, INPUT.MIN_SIZE_TRAIN or INPUT.MAX_SIZE_TRAIN, or set "
+                    f"SOLVER.AMP.ENABLED ({str(error).split('. ')[0]})."
+                ) from error
         self._failed = False
 
     def after_train(self) -> None:

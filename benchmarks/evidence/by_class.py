@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from balanced_det.compare import _interval
+from balanced_det.compare import interval_of
 from balanced_det.data.annotations import GROUPS
 from balanced_det.report import write_json_lines
 from balanced_det.runs import read_metrics, read_record, read_settings
@@ -78,9 +78,9 @@ def compare(source, out, first):
     rows = []
     for name in setups:
         mean, of_first = values[name].mean(axis=0), values[setups[0]].mean(axis=0)
-        own = _interval(mean, spread / np.sqrt(len(values[name])), freedom, spread >= 0)
+        own = interval_of(mean, spread / np.sqrt(len(values[name])), freedom, spread >= 0)
         shared = np.sqrt(1 / len(values[name]) + 1 / len(values[setups[0]]))
-        difference = _interval(mean - of_first, spread * shared, freedom, spread >= 0)
+        difference = interval_of(mean - of_first, spread * shared, freedom, spread >= 0)
         for m, metric in enumerate(METRICS):
             row = {
                 "setup": name,
