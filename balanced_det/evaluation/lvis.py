@@ -458,11 +458,18 @@ class Matcher:
     def _object_entries(self, rows: np.ndarray) -> list[dict]:
         """The objects of the annotations at ``rows`` as the library takes them."""
         truth = self._truth
-        columns = (truth.image + 1, truth.category + 1, truth.boxes, truth.crowd.view(np.int8))
+        # Taken at the rows before all else: these are few of many, and there is a call an image.
+        columns = (truth.image, truth.category, truth.boxes, truth.crowd.view(np.int8))
         entries = [
             # Numbered from 1: 0 may stand for "matched nothing".
-            {"id": i + 1, "image_id": image, "category_id": c, "bbox": box, "iscrowd": crowd}
-            for i, image, c, box, crowd in zip(
+            {
+                "id": i + 1,
+                "image_id": image + 1,
+                "category_id": category + 1,
+                "bbox": box,
+                "iscrowd": crowd,
+            }
+            for i, image, category, box, crowd in zip(
                 rows.tolist(), *(column[rows].tolist() for column in columns), strict=True
             )
         ]
