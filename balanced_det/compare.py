@@ -159,9 +159,17 @@ class Comparison:
 
     def _spread(self, of):
         """(M,) or (K,) standard deviation between runs of one entry, pooled over all."""
-        runs = [getattr(entry, of)[..., 0] for entry in self.entries if entry.runs]
-        squares = sum(((values - values.mean(axis=0)) ** 2).sum(axis=0) for values in runs)
-        return np.sqrt(squares / max(self.seeds_freedom, 1))
+        return pooled_deviation([getattr(e, of)[..., 0] for e in self.entries if e.runs])
+
+
+def pooled_deviation(setups: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the standard deviation between the runs of one setup, pooled over all, (n,).
+
+    Args:
+        setups: (S, n) for each setup, n numbers of its S runs; 0 where none has two.
+    """
+    squares = sum(((values - values.mean(axis=0)) ** 2).sum(axis=0) for values in setups)
+    return np.sqrt(squares / max(sum(len(values) - 1 for values in setups), 1))
 
 
 def interval_of(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from balanced_det.compare import interval_of
+from balanced_det.compare import interval_of, pooled_deviation
 from balanced_det.data.annotations import GROUPS
 from balanced_det.report import write_json_lines
 from balanced_det.runs import read_metrics, read_record, read_settings
@@ -73,8 +73,7 @@ def compare(source, out, first):
         for name in setups
     }  # {setup: (S, M, 1 + B)}
     freedom = sum(len(of_setup) - 1 for of_setup in values.values())
-    squares = sum(((v[..., 0] - v[..., 0].mean(axis=0)) ** 2).sum(axis=0) for v in values.values())
-    spread = np.sqrt(squares / freedom)  # (M,)
+    spread = pooled_deviation([v[..., 0] for v in values.values()])  # (M,)
     rows = []
     for name in setups:
         mean, of_first = values[name].mean(axis=0), values[setups[0]].mean(axis=0)
