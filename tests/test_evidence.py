@@ -8,8 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks/evidence"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import by_class  # noqa: E402
+import plot_losses  # noqa: E402
 import tables  # noqa: E402
 
 from balanced_det.runs import distinct_names, parse_setup  # noqa: E402
@@ -102,3 +104,8 @@ def test_a_setup_that_is_compared_with_itself_differs_by_nothing(tmp_path):
             # The same classes are drawn for both, so what is left are the seeds.
             assert row["difference"] == 0 and row["shown"] == ""
             assert row["difference_low"] == pytest.approx(-row["difference_high"], rel=0.2)
+
+
+def test_a_loss_is_averaged_over_each_so_many_iterations():
+    curve = ([20, 40, 60, 80, 100], [5.0, 3.0, 2.0, 1.0, 0.5])
+    assert plot_losses.means_of(curve, 40) == {40: 4.0, 80: 1.5, 120: 0.5}
