@@ -195,6 +195,8 @@ _ADDED = {
     "SAMPLER_TRAIN=TrainingSampler": "images as they come",
     "SCORE_THRESHOLD=ClassAdaptiveThreshold": "class-adaptive thresholds",
     "TAIL_THRESHOLD": "tail below {}",
+    # Its keys are those of its schedule, which the text tells.
+    "decoupled": "decoupled: the classifier of the first row, trained again",
     # The same in all rows of a table, which its text tells.
     "BACKBONE": "",
     "CLASSIFICATION_WEIGHT": "",
@@ -223,8 +225,9 @@ def labels(first: str, setups: list[str]) -> dict[str, str]:
     base, *others = setups
     named = {first: base}
     for setup in others:
-        parts = map(_part_label, setup.removeprefix(f"{base}+").split("+"))
-        named[", ".join(part for part in parts if part)] = setup
+        parts = setup.removeprefix(f"{base}+").split("+")
+        parts = parts[:1] if parts[0] == "decoupled" else parts
+        named[", ".join(label for label in map(_part_label, parts) if label)] = setup
     return named
 
 
