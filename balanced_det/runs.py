@@ -214,7 +214,7 @@ def train_all(runs: Sequence[Planned], jobs: int) -> dict[Planned, str]:
                     if reason:
                         failures[run] = reason
                 if pending and not done:
-                    _tell(_status(running))
+                    _tell(_status(running.runs()))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         running.end()
@@ -402,11 +402,12 @@ def _last_words(path, code):
 
 def _status(running):
     parts = []
-    for run in running.runs():
+    for run in running:
         last = read_metrics(run.folder)[-1:]
-        total = f"{run.settings['SOLVER.MAX_ITER']:,}"
-        done = f"{last[0].get('iteration', 0) + 1:,} of {total}" if last else f"0 of {total}"
-        parts.append(f"{run.name} ({done} iterations)")
+        total = run.settings["SOLVER.MAX_ITER"]
+        # Where the last evaluation stands, metrics.json counts an iteration past the end.
+        done = min(last[0].get("iteration", 0) + 1, total) if last else 0
+        parts.append(f"{run.name} ({done:,} of {total:,} iterations)")
     return "  " + ", ".join(parts)
 
 

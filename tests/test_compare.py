@@ -480,6 +480,20 @@ def test_other_data_is_seen_before_anything_is_trained(two, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_is_never_told_to_have_more_iterations_than_it_has(tmp_path):
+    setup = runs.parse_setup("configs/quickstart.yaml")
+    run = runs.plan(setup, 0, tmp_path, ["SOLVER.MAX_ITER", "1500", "SOLVER.STEPS", "(1000,)"])
+    told = "  quickstart_seed0 ({} of 1,500 iterations)"
+    assert runs._status([run]) == told.format("0")
+    run.folder.mkdir()
+    metrics = run.folder / "metrics.json"
+    metrics.write_text('{"iteration": 1199, "loss_cls": 1.0}\n')
+    assert runs._status([run]) == told.format("1,200")
+    with metrics.open("a") as file:
+        file.write('{"iteration": 1500, "bbox/AP": 1.0}\n')  # the evaluation after the training
+    assert runs._status([run]) == told.format("1,500")
+
+
 def test_a_file_may_hold_the_arguments(tmp_path, capsys):
     matrix = tmp_path / "matrix.txt"
     matrix.write_text("# the baseline first\nconfigs/nowhere 1.yaml\n\n--seeds\n2\n")

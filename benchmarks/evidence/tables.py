@@ -15,6 +15,7 @@ ROOT = HERE.parents[1]
 FILES = ("README.md", "docs/results.md")
 _W = "BALANCE.ROI_HEADS.CLASSIFICATION_WEIGHT=2.0"
 _RFS = "rfs+DATALOADER.REPEAT_THRESHOLD=0.05"
+_RFS_200 = "rfs+DATALOADER.REPEAT_THRESHOLD=0.0125"
 _EQL = "eql+BALANCE.EqualizationLoss.TAIL_THRESHOLD=0.05"
 _COSINE = "BALANCE.ROI_HEADS.CLASSIFIER=CosineLinear"
 _TAIL = "TAIL_THRESHOLD=0.1"
@@ -23,7 +24,11 @@ _SHAPES_BCE = (
     f"+BALANCE.ROI_HEADS.PRIOR_PROB=0.001+{_W}"
 )
 
-# {name: (file of rows, metrics as mean and spread, metrics as differences, {label: setup})}
+_GROUPS = (("AP", "APr", "APc", "APf"), ("AP", "APr"))
+
+# {name: (file of rows, metrics as mean and spread, metrics as differences, setups)}. Setups are
+# {label: setup}, or the label of the first; the others then follow, called by what they add. A file
+# that is not there has not been measured yet, and no page can show its table.
 TABLES = {
     "photos": (
         "photos_rcnn_comparison.jsonl",
@@ -113,6 +118,89 @@ TABLES = {
             "ECM, cosine classifier, weight 2": f"quickstart_softmax+ecm+{_W}",
         },
     ),
+    "photos_more": ("photos_more_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
+    "photos_long": ("photos_long_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
+    "photos_retinanet": ("photos_retinanet_comparison.jsonl", *_GROUPS, "focal loss"),
+    "photos_fcos": ("photos_fcos_comparison.jsonl", *_GROUPS, "focal loss"),
+    "photos_cascade": ("photos_cascade_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
+    "shapes200": (
+        "shapes200_comparison.jsonl",
+        *_GROUPS,
+        {
+            "softmax cross entropy": "shapes200",
+            "+ repeat-factor sampling": f"shapes200+{_RFS_200}",
+            "+ class-aware sampling": "shapes200+class_aware",
+            "+ cosine classifier": "shapes200+cosine",
+            "+ cosine classifier, repeat-factor sampling": f"shapes200+cosine+{_RFS_200}",
+            "Seesaw, with cosine classifier and repeat-factor sampling": (
+                f"shapes200+seesaw+{_W}+DATALOADER.REPEAT_THRESHOLD=0.0125"
+            ),
+            "binary cross entropy: the control of EQL": "shapes200+bce",
+            "EQL": "shapes200+eql+BALANCE.EqualizationLoss.TAIL_THRESHOLD=0.0013",
+        },
+    ),
+    # Without groups: all three classes are frequent.
+    "bccd_rcnn": (
+        "bccd_rcnn_comparison.jsonl",
+        ("AP", "AP50", "AP75"),
+        ("AP",),
+        "softmax cross entropy",
+    ),
+    "bccd_retinanet": (
+        "bccd_retinanet_comparison.jsonl",
+        ("AP", "AP50", "AP75"),
+        ("AP",),
+        "focal loss",
+    ),
+}
+
+# What the parts of a setup are called in a label; of a key, its last name, with its value.
+_ADDED = {
+    "balanced_l1": "balanced L1",
+    "balanced_pyramid": "balanced feature pyramid",
+    "bce": "binary cross entropy",
+    "class_aware": "class-aware sampling",
+    "class_weights": "class weights, n^-0.5",
+    "cosine": "cosine classifier",
+    "drop_loss": "DropLoss",
+    "ecm": "ECM, with cosine classifier",
+    "efl": "EFL",
+    "eql": "EQL",
+    "eqlv2": "EQLv2",
+    "federated": "federated loss",
+    "ghmc": "GHM-C",
+    "ghmc_ghmr": "GHM-C, GHM-R",
+    "ghmc_ghmr_published": "GHM-C, GHM-R as published",
+    "ghmc_published": "GHM-C as published",
+    "guided": "guided loss alone",
+    "iou_balanced_sampling": "IoU-balanced sampling",
+    "irfs": "IRFS",
+    "libra": "Libra, all parts",
+    "libra_published": "Libra as published",
+    "norcal": "NorCal",
+    "ohem": "OHEM",
+    "optimal_prior": "optimal bias alone",
+    "rfs": "repeat-factor sampling",
+    "sampling_free": "sampling-free",
+    "sampling_free_published": "sampling-free as published",
+    "seesaw": "Seesaw",
+    "softmax_eql": "softmax EQL",
+    "CLASSIFIER=CosineLinear": "cosine classifier",
+    "CLASSIFIER=None": "linear classifier",
+    "CLIP_VALUE": "clipping at {}",
+    "CLS_AGNOSTIC_BBOX_REG=False": "boxes of each class",
+    "FLOOR": "floor {}",
+    "GUIDED_FACTOR": "factor {}",
+    "PRIOR_PROB": "prior {}",
+    "SAMPLER_TRAIN=TrainingSampler": "images as they come",
+    "SCORE_THRESHOLD=ClassAdaptiveThreshold": "class-adaptive thresholds",
+    "TAIL_THRESHOLD": "tail below {}",
+    # Its keys are those of its schedule, which the text tells.
+    "decoupled": "decoupled: the classifier of the first row, trained again",
+    # The same in all rows of a table, which its text tells.
+    "BACKBONE": "",
+    "CLASSIFICATION_WEIGHT": "",
+    "REPEAT_THRESHOLD": "",
 }
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -122,12 +210,31 @@ def table(name: str) -> str:
     file, means, differences, setups = TABLES[name]
     lines = (HERE / file).read_text().splitlines()
     rows = {(row["setup"], row["metric"]): row for row in map(json.loads, lines)}
+    if isinstance(setups, str):
+        setups = labels(setups, list(dict.fromkeys(setup for setup, _ in rows)))
     header = ["method", *means, *(f"{metric}, difference" for metric in differences)]
     text = [header, ["---"] * len(header)]
     for label, setup in setups.items():
         mean_cells = [_mean(rows[setup, metric]) for metric in means]
         text.append([label, *mean_cells, *(_difference(rows[setup, m]) for m in differences)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
+
+
+def labels(first: str, setups: list[str]) -> dict[str, str]:
+    """Return {label: setup} of setups that add to the first, which has the given label."""
+    base, *others = setups
+    named = {first: base}
+    for setup in others:
+        parts = setup.removeprefix(f"{base}+").split("+")
+        parts = parts[:1] if parts[0] == "decoupled" else parts
+        named[", ".join(label for label in map(_part_label, parts) if label)] = setup
+    return named
+
+
+def _part_label(part):
+    key, _, value = part.partition("=")
+    name = key.rpartition(".")[2]
+    return _ADDED.get(f"{name}={value}", _ADDED.get(name, f"`{part}`")).format(value)
 
 
 def _mean(row):
