@@ -35,7 +35,13 @@ from typing import Any
 import hotcoco
 import numpy as np
 
-from ..data.annotations import GROUPS, Annotations, Image, read_annotations
+from ..data.annotations import (
+    GROUPS,
+    Annotations,
+    Image,
+    read_annotations,
+    without_garbage_collection,
+)
 from ..errors import InputError
 from .detections import Detections, read_detections
 
@@ -140,6 +146,7 @@ def evaluate_lvis(
     return lvis_result(annotations, detections, iou_type, max_dets, class_groups).metrics
 
 
+@without_garbage_collection()
 def lvis_result(
     annotations: Annotations | Mapping | str | os.PathLike,
     detections: Iterable[Mapping],
