@@ -225,7 +225,7 @@ def read_detection_files(
     """
     parts, first = [read_detections([], truth, iou_type)], 0
     for path in paths:
-        for rows in _row_batches(os.fspath(path)):
+        for rows in _row_batches(os.fspath(path), _PART):
             parts.append(read_detections(rows, truth, iou_type, first))
             first += len(rows)
     return Detections(
@@ -241,21 +241,22 @@ def read_detection_files(
 
 def first_row(path: str | os.PathLike) -> Any:
     """Return the first entry of a detection file, None where there is none."""
-    return next((rows[0] for rows in _row_batches(os.fspath(path)) if rows), None)
+    batches = _row_batches(os.fspath(path), 1)  # a line at a time: no more than an image
+    return next((rows[0] for rows in batches if rows), None)
 
 
 _PART = 1 << 25  # bytes
 
 
-def _row_batches(path: str) -> Iterator[list]:
-    """Yield the rows of a file: of one as we write it in parts, of any other all at once."""
+def _row_batches(path: str, size: int) -> Iterator[list]:
+    """Yield the rows of a file: of one as we write it ``size`` bytes or a line, of others all."""
     if not _is_as_we_write_it(path):
         yield read_detection_file(path)
         return
     given = 0
     try:
         with open(path, "rb") as file:
-            while lines := file.readlines(_PART):
+            while lines := file.readlines(size):
                 texts = (line.strip().strip(b",") for line in lines)
                 rows = json.loads(b"[%b]" % b",".join(t for t in texts if t not in (b"[", b"]")))
                 given += len(rows)
