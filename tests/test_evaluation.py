@@ -1,5 +1,6 @@
 import copy
 import csv
+import gc
 import json
 import logging
 import math
@@ -155,7 +156,7 @@ def noisy_detections(lvis, seed):
                 "bbox": [x, y, w, h],
                 # Rounded, so that equal scores occur and their order matters.
                 "score": round(float(generator.random()), 2),
-                "segmentation": rle,
+                "segmentation": {**rle, "counts": rle["counts"].decode()},
             }
         )
     return detections
@@ -177,9 +178,13 @@ def lvis_package(monkeypatch):
 
 @pytest.mark.data(LVIS_FILE.name)
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-def test_real_annotations_give_the_numbers_of_the_lvis_package(iou_type, lvis_package):
+def test_real_annotations_give_the_numbers_of_the_lvis_package_from_lists_and_from_files(
+    iou_type, lvis_package, tmp_path
+):
     annotations = json.loads(LVIS_FILE.read_text())
     detections = noisy_detections(annotations, seed=0)
+    file = tmp_path / "detections.json"
+    file.write_text(json.dumps(detections))
     ours = evaluate_lvis(str(LVIS_FILE), detections, iou_type)
 
     shape = "bbox" if iou_type == "bbox" else "segmentation"
@@ -194,6 +199,13 @@ def test_real_annotations_give_the_numbers_of_the_lvis_package(iou_type, lvis_pa
     assert 0.05 < ours["AP"] < 0.95
     for metric in METRICS:
         assert ours[metric] == pytest.approx(theirs[metric], abs=SAME), metric
+
+    out = ["--out", str(tmp_path / "out")]
+    assert evaluate_files([str(LVIS_FILE), str(file), "--tasks", iou_type, *out]) == 0
+    written = json.loads((tmp_path / "out/lvis_results.json").read_text())[iou_type]
+    assert {metric: written[metric] for metric in METRICS} == {
+        metric: 100 * value for metric, value in ours.items()
+    }
 
 
 def rectangle(x, y, w, h, size=(60, 80)):
@@ -542,6 +554,38 @@ def test_broken_masks_are_refused_before_they_are_compared(mask, message):
     row = {"image_id": 1, "category_id": 9, "score": 0.5, "segmentation": mask}
     with pytest.raises(InputError, match=message):
         evaluate_lvis(hand_made(), [row], "segm")
+
+
+@pytest.mark.parametrize(("category_id", "max_dets"), [(9, 1), (7, 300)])
+def test_a_broken_mask_is_refused_also_where_it_does_not_count(category_id, max_dets):
+    content = hand_made()
+    content["images"][0]["neg_category_ids"] = []
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 7]
+    evaluate_lvis(content, PERFECT, "segm", max_dets)
+    mask = {"size": [200, 200], "counts": "oo"}
+    row = {"image_id": 1, "category_id": category_id, "score": 0.1, "segmentation": mask}
+    with pytest.raises(InputError, match="image 1 is broken"):
+        evaluate_lvis(content, [*PERFECT, row], "segm", max_dets)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_is_collected_after_an_evaluation_as_before_it(collects, tmp_path):
+    file = tmp_path / "detections.json"
+    file.write_text(json.dumps([*PERFECT, {}]))
+    truth = read_annotations(hand_made())
+    before = gc.isenabled()
+    try:
+        gc.enable() if collects else gc.disable()
+        evaluate_lvis(hand_made(), PERFECT)
+        assert gc.isenabled() == collects
+        with pytest.raises(InputError, match="Detection 4"):
+            evaluate_lvis(hand_made(), [*PERFECT, {}])
+        assert gc.isenabled() == collects
+        with pytest.raises(InputError, match="Detection 4"):
+            detections.read_detection_files([file], truth, "bbox")
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable() if before else gc.disable()
 
 
 def test_masks_need_masks():

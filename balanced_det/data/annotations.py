@@ -138,6 +138,19 @@ class Annotations:
         return any(mask is not None for mask in self.segmentation)
 
 
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """While millions of values are made and kept, do not look through all of them for garbage."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@without_garbage_collection()
 def read_annotations(annotations: str | os.PathLike | Mapping) -> Annotations:
     """Read and check annotations; see the module for the rules.
 
@@ -162,9 +175,8 @@ def read_annotations(annotations: str | os.PathLike | Mapping) -> Annotations:
     }
     categories = _categories(entries["categories"], source)
     images = _images(entries["images"], source)
-    with _without_garbage_collection():
-        columns = _objects(entries["annotations"], categories, images, source)
-    return Annotations(source, list(categories.values()), list(images.values()), **columns)
+    found = _objects(entries["annotations"], categories, images, source)
+    return Annotations(source, list(categories.values()), list(images.values()), **found)
 
 
 def read_json(path: str, kind: str) -> dict:
@@ -180,8 +192,7 @@ def read_json(path: str, kind: str) -> dict:
     named = f"The {kind} '{path}'"
     raw = read_bytes(path, kind)
     try:
-        with _without_garbage_collection():
-            content = json.loads(raw.decode("utf-8-sig"))
+        content = json.loads(raw.decode("utf-8-sig"))
     except RecursionError:
         raise InputError(f"{named} is nested too deeply.") from None
     except UnicodeDecodeError as error:
@@ -193,18 +204,6 @@ def read_json(path: str, kind: str) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{named} does not hold a JSON object.")
     return content
-
-
-@contextmanager
-def _without_garbage_collection():
-    """While millions of values are made and kept, do not look through all of them for garbage."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def read_bytes(path: str, kind: str) -> bytes:
@@ -413,7 +412,7 @@ def _plain_objects(entries, categories, images, source):
 
     A column at a time: LVIS has 1.3 million objects.
     """
-    image_ids, category_ids = np.array(list(images)), np.array(list(categories))
+    image_index, class_index = columns.index(images), columns.index(categories)
     sizes = [(image.height, image.width) for image in images.values()]
     found, segmentation = [], []
     try:
@@ -425,8 +424,8 @@ def _plain_objects(entries, categories, images, source):
                 columns.flags([entry.get(key, 0) for entry in part])
                 for key in ("iscrowd", "ignore")
             )
-            category = columns.positions(category, category_ids)
-            image = columns.positions(image, image_ids)
+            category = columns.positions(category, class_index)
+            image = columns.positions(image, image_index)
             boxes, area = columns.boxes(boxes), _plain_areas(part)
             found.append((columns.integers(ids), category, image, boxes, area, crowd, ignore))
             for entry, index in zip(part, image.tolist(), strict=True):
@@ -461,8 +460,7 @@ def _plain_areas(entries):
 
 def _checked_objects(entries, categories, images, source) -> dict:
     """Check one object after the other, and name the first that is wrong."""
-    image_index = {image_id: index for index, image_id in enumerate(images)}
-    class_index = {category_id: index for index, category_id in enumerate(categories)}
+    image_index, class_index = columns.index(images), columns.index(categories)
     sizes = [(image.height, image.width) for image in images.values()]
     image, category, area, crowd, ignore, segmentation, ids = ([] for _ in range(7))
     boxes = array("d")

@@ -6,7 +6,7 @@ looks at one dictionary after the other, and names the first that breaks a rule.
 accepts less than the slow one and says nothing, and both give the same columns.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
 
@@ -60,13 +60,15 @@ def boxes(values: list) -> np.ndarray:
     return numbers(list(chain.from_iterable(values))).reshape(-1, 4)
 
 
-def positions(values: list, known: np.ndarray) -> np.ndarray:
-    """Return (n,) int64: where each integer stands in ``known``, which is ascending."""
-    ids = integers(values)
-    found = np.searchsorted(known, ids)
-    if not (known[np.minimum(found, len(known) - 1)] == ids).all():
-        raise ValueError
-    return found
+def index(ids: Iterable[int]) -> dict[int, int]:
+    """Return where each id stands."""
+    return {own: position for position, own in enumerate(ids)}
+
+
+def positions(values: list, known: Mapping[int, int]) -> np.ndarray:
+    """Return (n,) int64: where each integer stands by an :func:`index`, which must have it."""
+    _check(values, int)
+    return np.fromiter(map(known.__getitem__, values), np.int64, len(values))
 
 
 def joined(columns: list[tuple]) -> list[np.ndarray]:

@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 
 from ..data import columns
-from ..data.annotations import Annotations, box, integer, number, read_bytes
+from ..data.annotations import (
+    Annotations,
+    box,
+    integer,
+    number,
+    read_bytes,
+    without_garbage_collection,
+)
 from ..errors import InputError
 
 
@@ -75,9 +82,12 @@ def read_detections(
     return plain if plain is not None else _checked_columns(rows, truth, iou_type, first)
 
 
-def _ids(truth: Annotations) -> tuple[list[int], list[int]]:
-    """The ids of all images, and of all categories."""
-    return [image.id for image in truth.images], [c.id for c in truth.categories]
+def _index_by_id(truth: Annotations) -> tuple[dict[int, int], dict[int, int]]:
+    """Where each image id, and each category id, stands in the annotations."""
+    return (
+        columns.index(image.id for image in truth.images),
+        columns.index(category.id for category in truth.categories),
+    )
 
 
 def _plain_columns(rows: Sequence[Mapping], truth: Annotations, iou_type: str) -> Detections | None:
@@ -85,7 +95,7 @@ def _plain_columns(rows: Sequence[Mapping], truth: Annotations, iou_type: str) -
 
     A column at a time: six million detections are read in seconds.
     """
-    images, classes = (np.array(truth_ids) for truth_ids in _ids(truth))
+    images, classes = _index_by_id(truth)
     try:
         found, masks = [], []
         for part in columns.parts(rows):
@@ -111,9 +121,7 @@ def _checked_columns(
     rows: Sequence[Any], truth: Annotations, iou_type: str, first: int = 0
 ) -> Detections:
     """Check one detection after the other, and name the first that is wrong."""
-    images, classes = (
-        {identity: index for index, identity in enumerate(truth_ids)} for truth_ids in _ids(truth)
-    )
+    images, classes = _index_by_id(truth)
     image, category, scores, boxes, masks = [], [], [], [], []
     for index, row in enumerate(rows, start=first):
         if not isinstance(row, Mapping):
@@ -206,6 +214,7 @@ def _is_closed(raw: bytes) -> bool:
     return raw.rstrip().endswith(b"]")
 
 
+@without_garbage_collection()
 def read_detection_files(
     paths: Iterable[str | os.PathLike], truth: Annotations, iou_type: str
 ) -> Detections:
@@ -216,7 +225,7 @@ def read_detection_files(
     """
     parts, first = [read_detections([], truth, iou_type)], 0
     for path in paths:
-        for rows in _row_batches(os.fspath(path)):
+        for rows in _row_batches(os.fspath(path), _PART):
             parts.append(read_detections(rows, truth, iou_type, first))
             first += len(rows)
     return Detections(
@@ -232,21 +241,22 @@ def read_detection_files(
 
 def first_row(path: str | os.PathLike) -> Any:
     """Return the first entry of a detection file, None where there is none."""
-    return next((rows[0] for rows in _row_batches(os.fspath(path)) if rows), None)
+    batches = _row_batches(os.fspath(path), 1)  # a line at a time: no more than an image
+    return next((rows[0] for rows in batches if rows), None)
 
 
 _PART = 1 << 25  # bytes
 
 
-def _row_batches(path: str) -> Iterator[list]:
-    """Yield the rows of a file: of one as we write it in parts, of any other all at once."""
+def _row_batches(path: str, size: int) -> Iterator[list]:
+    """Yield the rows of a file: of one as we write it ``size`` bytes or a line, of others all."""
     if not _is_as_we_write_it(path):
         yield read_detection_file(path)
         return
     given = 0
     try:
         with open(path, "rb") as file:
-            while lines := file.readlines(_PART):
+            while lines := file.readlines(size):
                 texts = (line.strip().strip(b",") for line in lines)
                 rows = json.loads(b"[%b]" % b",".join(t for t in texts if t not in (b"[", b"]")))
                 given += len(rows)

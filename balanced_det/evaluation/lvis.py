@@ -35,7 +35,13 @@ from typing import Any
 import hotcoco
 import numpy as np
 
-from ..data.annotations import GROUPS, Annotations, Image, read_annotations
+from ..data.annotations import (
+    GROUPS,
+    Annotations,
+    Image,
+    read_annotations,
+    without_garbage_collection,
+)
 from ..errors import InputError
 from .detections import Detections, read_detections
 
@@ -140,6 +146,7 @@ def evaluate_lvis(
     return lvis_result(annotations, detections, iou_type, max_dets, class_groups).metrics
 
 
+@without_garbage_collection()
 def lvis_result(
     annotations: Annotations | Mapping | str | os.PathLike,
     detections: Iterable[Mapping],
@@ -302,29 +309,25 @@ class Matcher:
             twice = self._truth.images[images[int(given.argmax())]]
             raise InputError(f"Image {twice.id} is evaluated twice.")
         given[:] = True
-        of_masks: list[Mapping] = []
-        best = np.arange(len(scores))
-        if self._max_dets is not None:
-            best = np.flatnonzero(best_of_each(image - images.start, scores, self._max_dets))
         if self._iou_type == "bbox":
-            of_boxes = np.asarray(boxes)[best]
-            area = of_boxes[:, 2] * of_boxes[:, 3]
+            boxes = np.asarray(boxes)
+            area = boxes[:, 2] * boxes[:, 3]
         else:
-            of_masks = [(masks or ())[i] for i in best.tolist()]
-            area = _mask_areas(of_masks, image[best], self._truth.images)
-        counted = (area > 0) & (area < np.inf)  # as the `lvis` package
-        counted &= self._is_looked_for(images, image[best], category[best])
-        best, area = best[counted], area[counted]
-        rows = np.empty((len(best), 7))
-        rows[:, 0] = image[best] + 1
-        if self._iou_type == "bbox":
-            rows[:, 1:5] = of_boxes[counted]
-        else:
+            area = _mask_areas(masks or (), image, self._truth.images)
             # The library takes a detection's size from its box: one of the mask's area.
-            rows[:, 1:3], rows[:, 3], rows[:, 4] = 0, area, 1
-            of_masks = list(itertools.compress(of_masks, counted.tolist()))
-        rows[:, 5] = scores[best]
-        rows[:, 6] = category[best] + 1
+            boxes = np.tile((0.0, 0.0, 1.0, 1.0), (len(area), 1))
+            boxes[:, 2] = area
+        # As in the `lvis` package: what has no area may be among the best, but does not count.
+        counted = (area > 0) & (area < np.inf)
+        counted &= self._is_looked_for(images, image, category)
+        if self._max_dets is not None:
+            counted &= best_of_each(image - images.start, scores, self._max_dets)
+        rows = np.empty((np.count_nonzero(counted), 7))
+        rows[:, 0] = image[counted] + 1
+        rows[:, 1:5] = boxes[counted]
+        rows[:, 5] = scores[counted]
+        rows[:, 6] = category[counted] + 1
+        of_masks = list(itertools.compress(masks or (), counted.tolist()))
         self._waiting.append((images, rows, of_masks))
         self._num_waiting += len(images)
         if self._num_waiting >= self._BATCH:
