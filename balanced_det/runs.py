@@ -50,7 +50,8 @@ class Setup:
         name: what it is called, and the beginning of its folders' names.
         config_file: path.
         fragments: as for ``--with``.
-        opts: KEY, VALUE, ... of this setup alone.
+        opts: KEY, VALUE, ... of this setup alone; ``{seed}`` and ``{out}`` in a value are a run's
+            seed and the folder of all runs, so that a run can begin with the weights of another.
     """
 
     name: str
@@ -134,16 +135,17 @@ def plan(setup: Setup, seed: int, out: Path, opts: Sequence[str]) -> Planned:
     from .config.lazy import is_lazy_file
 
     folder = out / f"{_as_file_name(setup.name)}_seed{seed}"
+    own = [word.replace("{seed}", str(seed)).replace("{out}", str(out)) for word in setup.opts]
     command = [*_training_program(), "--config-file", setup.config_file]
     if setup.fragments:
         command += ["--with", *setup.fragments]
     if is_lazy_file(setup.config_file):
-        pairs = zip(setup.opts[::2], setup.opts[1::2])
+        pairs = zip(own[::2], own[1::2])
         words = [*opts, *(f"{key}={value}" for key, value in pairs)]
         quoted = str(folder).replace("'", r"\'")  # its name may hold an equals sign
         place = [f"train.output_dir='{quoted}'", f"train.seed={seed}"]
     else:
-        words = [*opts, *setup.opts]
+        words = [*opts, *own]
         place = ["OUTPUT_DIR", str(folder), "SEED", str(seed)]
     cfg = load_config(setup.config_file, [*words, *place], fragments=setup.fragments)
     return Planned(

@@ -424,6 +424,18 @@ def test_signs_of_numbers_do_not_part_a_setup():
     assert setup.opts == ("SOLVER.WEIGHT_DECAY", "1e+2")
 
 
+def test_a_run_can_begin_with_the_weights_of_another_of_its_seed(tmp_path):
+    first = runs.parse_setup("configs/quickstart_softmax.yaml")
+    text = "configs/quickstart_softmax.yaml+decoupled+MODEL.WEIGHTS={out}/%s/model_final.pth"
+    second = runs.parse_setup(text % "quickstart_softmax_seed{seed}")
+    for seed in (0, 2):
+        planned = runs.plan(second, seed, tmp_path, [])
+        begins_with = runs.plan(first, seed, tmp_path, []).folder / "model_final.pth"
+        assert planned.settings["MODEL.WEIGHTS"] == str(begins_with)
+        assert str(begins_with) in planned.command
+    assert not {"{", "}", "/"} & set(planned.folder.name)
+
+
 def test_a_python_config_takes_its_own_words(tmp_path):
     setup = runs.parse_setup("configs/lazy/mask_rcnn_R_50_FPN.py+train.max_iter=7")
     planned = runs.plan(setup, 2, tmp_path / "it's", ["optimizer.lr=0.1"])

@@ -499,6 +499,43 @@ def test_evaluation_with_gradients_gives_detections_that_can_be_changed_in_place
         assert output["instances"].image_size == (48, 64)
 
 
+def box_gradients_of_points(model, inputs):
+    """Return the box loss's gradient at the distances of the foreground points, (F, 4)."""
+    kept = []
+    hook = model.head.bbox_pred.register_forward_hook(lambda *call: kept.append(call[-1]))
+    images = model.preprocess_image(inputs)
+    features = [model.backbone(images.tensor)[name] for name in model.head_in_features]
+    instances = [x["instances"] for x in inputs]
+    is_foreground = foreground(model.label_rows(features, instances), model.num_classes)
+    with EventStorage():
+        loss = model.forward_training(images, features, model.head(features), instances)
+    hook.remove()
+    gradients = torch.autograd.grad(loss["loss_fcos_loc"], kept)
+    return torch.cat([level_rows(g, 4).flatten(1, 3) for g in gradients], dim=1)[is_foreground]
+
+
+def test_points_that_start_with_a_distance_learn_every_side_of_their_boxes():
+    inputs = batch((3, 3))
+    # A distance below zero is cut off: at Detectron2's start, around zero, half of them are, and
+    # of a box that is empty for that no side has a gradient.
+    gradients = box_gradients_of_points(build("fcos"), inputs)
+    assert len(gradients) > 10
+    assert (gradients == 0).float().mean() > 0.5
+    # A side beyond its target and one short of it are pulled alike; none stands still.
+    gradients = box_gradients_of_points(build("fcos", {"MODEL.FCOS.INITIAL_DISTANCE": 2.0}), inputs)
+    assert (gradients != 0).all()
+
+
+def test_a_point_starts_with_a_box_of_the_distance_that_is_configured():
+    model = build("fcos", {"MODEL.FCOS.INITIAL_DISTANCE": 2.0})
+    channels = model.head.bbox_pred.in_channels
+    # Without features only the bias is left.
+    deltas = model.head.bbox_pred(torch.zeros(1, channels, 1, 1)).flatten(1)
+    point = torch.tensor([[-4.0, -4.0, 4.0, 4.0]])  # of a level with a stride of 8
+    boxes = model.box2box_transform.apply_deltas(deltas, point)
+    assert boxes.tolist() == [[-16.0, -16.0, 16.0, 16.0]]
+
+
 def test_objectness_needs_no_classes():
     model = build("faster")
     inputs = batch()

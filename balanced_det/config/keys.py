@@ -290,6 +290,9 @@ def _fcos_keys():
         "NORM": None,
         # In strides: how close to the center of a box a point must lie to be foreground.
         "CENTER_SAMPLING_RADIUS": 1.5,
+        # In strides: how far from a point each side of its box is at the start. None is
+        # Detectron2's start at nearly empty boxes, from which short schedules may learn nothing.
+        "INITIAL_DISTANCE": None,
         # At inference: the least score, how many candidates a level has, and the overlap from which
         # on the lower of two boxes is suppressed.
         "SCORE_THRESH_TEST": 0.2,

@@ -116,6 +116,7 @@ _MODEL = {
     "MODEL.RETINANET.IOU_THRESHOLDS": _SHARE,
     "MODEL.RETINANET.BBOX_REG_WEIGHTS": _ABOVE_0,
     "MODEL.FCOS.CENTER_SAMPLING_RADIUS": _AT_LEAST_0,
+    "MODEL.FCOS.INITIAL_DISTANCE": _ABOVE_0,
     **{
         f"MODEL.{detector}.{key}": interval
         for detector in ("RETINANET", "FCOS")

@@ -32,12 +32,21 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
 
     Args:
         selection: as in :class:`BalancedDenseDetector`; points have no IoU to choose by.
+        initial_distance: how far from a point each side of its box is at the start, in strides.
+            Detectron2's boxes start nearly empty, where GIoU has hardly a gradient, and a distance
+            below zero is cut off and has none; None leaves them so.
         kwargs: the other arguments of that, and Detectron2's own.
     """
 
     @configurable
     def __init__(
-        self, *, criterion: Criterion, selection: Selection, head: nn.Module, **kwargs: Any
+        self,
+        *,
+        criterion: Criterion,
+        selection: Selection,
+        head: Any,
+        initial_distance: float | None = None,
+        **kwargs: Any,
     ):
         if selection.sampler.needs_ious:
             raise InputError(
@@ -46,6 +55,8 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
             )
         refuse_replaced(kwargs, replaced.DENSE)
         replace_classifier(head, criterion.num_logits)
+        if initial_distance is not None:
+            nn.init.constant_(head.bbox_pred.bias, initial_distance)
         super().__init__(criterion=criterion, selection=selection, head=head, **kwargs)
 
     @classmethod
@@ -65,6 +76,7 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
             ),
             "head_in_features": fcos.IN_FEATURES,
             "num_classes": fcos.NUM_CLASSES,
+            "initial_distance": fcos.INITIAL_DISTANCE,
             "center_sampling_radius": fcos.CENTER_SAMPLING_RADIUS,
             "test_score_thresh": fcos.SCORE_THRESH_TEST,
             "test_topk_candidates": fcos.TOPK_CANDIDATES_TEST,
