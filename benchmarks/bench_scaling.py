@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+DETECTIONS = "lvis_instances_results.json"
 # A file of ``configs``, and fragments after a "+" each.
 CONFIGS = {
     "Mask R-CNN R-50 with EQL": "lvis_v1/mask_rcnn_R_50_FPN_1x_eql.yaml",
@@ -110,31 +111,35 @@ def compare_results(one, other):
     """Compare the files of two evaluations, in the folders that have them.
 
     Returns:
-        {"files": their names, "equal_files": those that are the same to the byte,
-        "detections": how many are in the first, "other_detections": how many of the second are not
-        among these, "largest_difference_of_a_metric": in percent}.
+        {"equal_files": names of those that are the same to the byte, "other_files": of the rest,
+        "other_detections": how many of the second are not among the first's,
+        "largest_difference_of_a_metric": in percent}.
     """
     names = sorted(path.name for path in one.iterdir())
-    rows, others = (
-        Counter(json.dumps(row, sort_keys=True) for row in json.loads(path.read_text()))
-        for path in (folder / "lvis_instances_results.json" for folder in (one, other))
-    )
+    equal = [n for n in names if (one / n).read_bytes() == (other / n).read_bytes()]
     metrics, other_metrics = (
         json.loads((folder / "lvis_results.json").read_text()) for folder in (one, other)
     )
     differences = [
         abs(value - other_metrics[task][name])
-        for task, values in metrics.items()
-        for name, value in values.items()
+        for task in metrics["protocol"]
+        for name, value in metrics[task].items()
         if value is not None
     ]
     return {
-        "files": names,
-        "equal_files": [n for n in names if (one / n).read_bytes() == (other / n).read_bytes()],
-        "detections": rows.total(),
-        "other_detections": (others - rows).total(),
-        "largest_difference_of_a_metric": max(differences),
+        "equal_files": equal,
+        "other_files": [name for name in names if name not in equal],
+        "other_detections": 0 if DETECTIONS in equal else _other_detections(one, other),
+        "largest_difference_of_a_metric": max(differences, default=0.0),
     }
+
+
+def _other_detections(one, other):
+    rows, others = (
+        Counter(json.dumps(row, sort_keys=True) for row in json.loads(path.read_text()))
+        for path in (folder / DETECTIONS for folder in (one, other))
+    )
+    return (others - rows).total()
 
 
 def make_weights(folder):
