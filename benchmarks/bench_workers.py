@@ -10,7 +10,7 @@ minutes. On a CPU (``--device cpu --size 64 --iterations 40 --dtypes float32``) 
 gloo. The data are generated shapes of one size.
 
 * statistics: five steps of eight detectors, see :mod:`worker_steps`.
-* resume: a RetinaNet with GHM trains on one worker; from its checkpoint in the middle it goes on
+* resume: a RetinaNet with GHM-C trains on one worker; from its checkpoint in the middle it goes on
   with ``--resume`` on several. Compared with the run that was left alone: the loss after the
   middle, and the statistics at the end.
 * evaluation: ``--eval-only`` of that model: seconds, bytes gathered, and the files that it writes.
@@ -34,9 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def train_net(keys, workers, *flags):
-    """Run ``train_net.py`` on a RetinaNet with GHM; return its seconds."""
+    """Run ``train_net.py`` on a RetinaNet with GHM-C; return its seconds."""
     command = [sys.executable, str(ROOT / "train_net.py"), "--num-gpus", str(workers)]
-    command += ["--dist-url", "auto", *flags, "--with", "ghmc_ghmr"]
+    command += ["--dist-url", "auto", *flags, "--with", "ghmc"]
     command += ["--config-file", str(ROOT / "configs" / "shapes" / "retinanet.yaml")]
     command += [str(item) for pair in keys.items() for item in pair]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -70,7 +70,7 @@ def resume_part(args, keys, whole):
     keys = {**keys, "SOLVER.MAX_ITER": args.iterations, "SOLVER.CHECKPOINT_PERIOD": half}
     keys.update({"DATASETS.TEST": (), "BALANCE.OVERWRITE": True})
     # At the rate of the config another order of sums grows tenfold a step, on one worker too.
-    keys.update({"SOLVER.BASE_LR": 0.001})
+    keys.update({"SOLVER.BASE_LR": 1e-4})
     train_net({**keys, "OUTPUT_DIR": whole}, args.gpus[0])
     middle = whole / f"model_{half - 1:07d}.pth"
     iteration, at_middle = statistics_of(middle)
