@@ -17,6 +17,15 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def mean_over_workers(tensor: Tensor) -> Tensor:
+    """Return the mean of ``tensor`` over all workers; every worker must call this.
+
+    Distributed training averages gradients over workers. A sum over rows that is divided by the
+    mean of a count over workers so gives each row the weight that it has in one process.
+    """
+    return sum_over_workers(tensor.clone()) / num_workers()
+
+
 def shared_uniform(count: int, device: torch.device, shared: bool = True) -> Tensor:
     """Return (count,) random numbers of [0, 1) that are the same on all workers.
 

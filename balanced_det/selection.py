@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .distributed import num_workers, sum_over_workers
+from .distributed import mean_over_workers, num_workers, sum_over_workers
 from .errors import InputError
 from .registry import Registry
 from .rows import foreground
@@ -145,11 +145,15 @@ class Sampler:
 
 
 class PerRow(nn.Module):
-    """Divide by the rows that take part, as Detectron2's region heads do."""
+    """Divide by the rows that take part, as Detectron2's region heads do.
+
+    They divide by those of each worker; here by their mean over the workers, so that a row of a
+    worker with few weighs no more than the others.
+    """
 
     def forward(self, rows: Rows, quota: Quota) -> torch.Tensor:
-        """Return a 0-dim tensor, which is not read on the host; 0 without any row."""
-        return rows.takes_part.sum()
+        """Return a 0-dim float32 tensor, which is not read on the host; 0 without any row."""
+        return mean_over_workers(rows.takes_part.sum().float())
 
 
 class PerQuota(nn.Module):
@@ -171,22 +175,24 @@ class PerForegroundRow(nn.Module):
     def forward(self, rows: Rows, quota: Quota) -> torch.Tensor:
         """Return a 0-dim float32 tensor, which is not read on the host; 0 without any row."""
         counts = torch.stack([rows.foreground.sum(), rows.takes_part.sum()]).float()
-        num_foreground, num_rows = (sum_over_workers(counts) / num_workers()).unbind()
+        num_foreground, num_rows = mean_over_workers(counts).unbind()
         return torch.where(num_foreground > 0, num_foreground, num_rows)
 
 
 class PerForegroundOnAverage(nn.Module):
     """Divide by a moving average of the foreground rows, as Detectron2's dense detectors do.
 
-    Detectron2 averages those of each worker for itself; here they are averaged over workers, too.
+    Detectron2 averages those of each worker for itself. Here the average is that of one process
+    with the batches of all workers: it is the same however many there are, also when a run goes on
+    with another number of them.
 
     Args:
-        initial: foreground rows of a worker's batch while none was seen.
+        initial: foreground rows of the whole batch while none was seen.
         momentum: of the average; a step counts for ``1 - momentum``.
 
     Attributes:
-        average: 0-dim buffer, so that it is saved with the model and no step waits for the device
-            to know it.
+        average: 0-dim buffer, foreground rows of a step on all workers together; it is saved with
+            the model, and no step waits for the device to know it.
     """
 
     statistics = ("average",)  # see balanced_det.engine.checkpoint
@@ -198,10 +204,9 @@ class PerForegroundOnAverage(nn.Module):
         self.register_buffer("average", torch.tensor(float(initial)))
 
     def forward(self, rows: Rows, quota: Quota) -> torch.Tensor:
-        """Take the batch into the average and return it, a 0-dim tensor."""
-        count = rows.foreground.sum().clamp(min=1).to(self.average.dtype)
-        count = sum_over_workers(count) / num_workers()
-        return self.average.lerp_(count, 1 - self.momentum).clone()
+        """Take the batch into the average and return a worker's part of it, a 0-dim tensor."""
+        count = sum_over_workers(rows.foreground.sum().to(self.average.dtype)).clamp(min=1)
+        return self.average.lerp_(count, 1 - self.momentum) / num_workers()
 
 
 class Selection(nn.Module):

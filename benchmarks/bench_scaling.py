@@ -7,21 +7,26 @@ Data of LVIS's form and paths (:mod:`lvis_like`) are generated once. Each run is
 bf16 with 4 loader workers a GPU, from weights that are random but keep activations in bounds.
 Reported are the medians of Detectron2's own ``time`` and ``data_time`` over the iterations after
 the first 20, images a second, efficiency against the first number of GPUs with the same images a
-GPU, and for ``--eval-only`` the images a second of inference with matching, and of the whole call.
+GPU, and for ``--eval-only`` the images a second of inference with matching, and of the whole call,
+the bytes that workers sent to the first, and whether all files are those of the first number of
+GPUs. That statistics and gradients do not depend on the number is for :mod:`bench_workers` to show.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+DETECTIONS = "lvis_instances_results.json"
 # A file of ``configs``, and fragments after a "+" each.
 CONFIGS = {
     "Mask R-CNN R-50 with EQL": "lvis_v1/mask_rcnn_R_50_FPN_1x_eql.yaml",
@@ -42,7 +47,7 @@ def options(folder, config):
 
 def run(folder, config, gpus, *arguments):
     """Run ``train_net.py`` and return (its seconds, its output folder)."""
-    output = folder / "output"
+    output = folder / f"output_{gpus}"
     command = [sys.executable, str(ROOT / "train_net.py"), "--num-gpus", str(gpus)]
     file, *fragments = config.split("+")
     command += ["--config-file", str(ROOT / "configs" / file)]
@@ -58,7 +63,7 @@ def run(folder, config, gpus, *arguments):
 
 def training(folder, config, gpus, batch, iterations):
     """Return what a training of ``batch`` images a GPU measures."""
-    metrics = folder / "output" / "metrics.json"
+    metrics = folder / f"output_{gpus}" / "metrics.json"
     metrics.unlink(missing_ok=True)
     keys = ["SOLVER.IMS_PER_BATCH", str(gpus * batch), "SOLVER.MAX_ITER", str(iterations)]
     keys += ["SOLVER.STEPS", "()", "DATASETS.TEST", "()"]
@@ -80,16 +85,61 @@ def evaluation(folder, config, gpus):
     """Return what ``--eval-only`` measures."""
     seconds, output = run(folder, config, gpus, "--eval-only", "BALANCE.UNTRAINED", "True")
     num_images = len(json.loads((folder / "lvis" / "lvis_v1_val.json").read_text())["images"])
-    log = next(output.glob("log.txt")).read_text()
-    inference = [line for line in log.splitlines() if "Total inference time" in line]
+    inference = [line for line in _log(output).splitlines() if "Total inference time" in line]
     return {
         "gpus": gpus,
         "images": num_images,
         "seconds": seconds,
         "images_per_second": num_images / seconds,
         "log": inference[-1].split("]: ")[-1] if inference else None,
-        "files": sorted(str(p.relative_to(output)) for p in output.glob("inference/**/*")),
+        **gathered(output),
     }
+
+
+def gathered(output):
+    """Return what the log of an evaluation in a run's folder says that workers sent."""
+    found = re.findall(r"Gathered (\d+) bytes of matches from .* in ([\d.]+) s", _log(output))
+    size, seconds = found[-1] if found else (0, 0)
+    return {"bytes_gathered": int(size), "seconds_gathering": float(seconds)}
+
+
+def _log(output):
+    return (output / "log.txt").read_text()
+
+
+def compare_results(one, other):
+    """Compare the files of two evaluations, in the folders that have them.
+
+    Returns:
+        {"equal_files": names of those that are the same to the byte, "other_files": of the rest,
+        "other_detections": how many of the second are not among the first's,
+        "largest_difference_of_a_metric": in percent}.
+    """
+    names = sorted(path.name for path in one.iterdir())
+    equal = [n for n in names if (one / n).read_bytes() == (other / n).read_bytes()]
+    metrics, other_metrics = (
+        json.loads((folder / "lvis_results.json").read_text()) for folder in (one, other)
+    )
+    differences = [
+        abs(value - other_metrics[task][name])
+        for task in metrics["protocol"]
+        for name, value in metrics[task].items()
+        if value is not None
+    ]
+    return {
+        "equal_files": equal,
+        "other_files": [name for name in names if name not in equal],
+        "other_detections": 0 if DETECTIONS in equal else _other_detections(one, other),
+        "largest_difference_of_a_metric": max(differences, default=0.0),
+    }
+
+
+def _other_detections(one, other):
+    rows, others = (
+        Counter(json.dumps(row, sort_keys=True) for row in json.loads(path.read_text()))
+        for path in (folder / DETECTIONS for folder in (one, other))
+    )
+    return (others - rows).total()
 
 
 def make_weights(folder):
@@ -151,6 +201,8 @@ def main():
         if not args.skip_evaluation:
             for gpus in args.gpus:
                 row = evaluation(args.folder, config, gpus)
+                folders = (args.folder / f"output_{n}" / "inference" for n in (args.gpus[0], gpus))
+                row["results"] = compare_results(*folders)
                 add("evaluation", {"detector": name, **row})
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import csv
 import gc
@@ -843,16 +844,41 @@ def evaluate_a_share(rank, json_file, out, num_workers):
     evaluator.reset()
     for index in share:
         evaluator.process([inputs[index]], [outputs[index]])
-    return evaluator.evaluate()
+    sent = [
+        part.nbytes if isinstance(part, np.ndarray) else len(part)
+        for matcher in evaluator._matchers.values()
+        for part in matcher.to_bytes()
+    ]
+    with recorded_log("balanced_det.evaluation.evaluator") as messages:
+        results = evaluator.evaluate()
+    return results, sum(sent), [m for m in messages if m.startswith("Gathered")]
+
+
+@contextlib.contextmanager
+def recorded_log(name):
+    """Yield the list that messages of a logger go to."""
+    messages = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_one_and_three_workers_write_the_same_bytes(tmp_path):
     json_file = tmp_path / "annotations.json"
     json_file.write_text(json.dumps(larger_case()[0]))
-    alone = evaluate_a_share(0, json_file, tmp_path / "1", 1)
+    alone, _, nothing_gathered = evaluate_a_share(0, json_file, tmp_path / "1", 1)
     MetadataCatalog.remove("evaluation_of_workers")
-    together = run_workers(evaluate_a_share, json_file, tmp_path / "3", 3, num_workers=3)
-    assert together[1:] == [None, None]
+    workers = run_workers(evaluate_a_share, json_file, tmp_path / "3", 3, num_workers=3)
+    together, sent, (told, *silent) = zip(*workers, strict=True)
+    assert together[1:] == (None, None)
+    assert nothing_gathered == [] and silent == [[], []]
+    assert told[0].startswith(f"Gathered {sum(sent[1:])} bytes of matches from 2 other workers")
     written = [
         {path.name: path.read_bytes() for path in (tmp_path / number).iterdir()} for number in "13"
     ]

@@ -226,8 +226,10 @@ def run_shares(rank):
     results = {}
     for loss in ORACLES:
         ours = build(loss)
+        # A detector's normalizer is that of a worker's part of the batch.
         shares = [
-            (x[:6], y[:6], n) if rank == 0 else (x[6:], y[6:], n) for x, y, n in make_batches(ours)
+            (x[:6], y[:6], n / 2) if rank == 0 else (x[6:], y[6:], n / 2)
+            for x, y, n in make_batches(ours)
         ]
         results[loss.__name__] = [step(ours, *share) for share in shares], ours.state_dict()
     torch.manual_seed(rank)
@@ -247,15 +249,16 @@ def two_workers():
 
 
 @each_loss
-def test_two_workers_give_the_sum_of_one(loss, two_workers):
+def test_two_workers_give_the_result_of_one(loss, two_workers):
     ours = build(loss)
     (first, first_state), (second, second_state) = (worker[loss.__name__] for worker in two_workers)
     for (x, y, normalizer), one, two in zip(make_batches(ours), first, second):
         value, gradient = step(ours, x, y, normalizer)
-        # Each divides by the same normalizer; only the order of float64 additions differs, and
-        # logs of counts are float32.
-        torch.testing.assert_close(one[0] + two[0], value, rtol=1e-6, atol=0)
-        torch.testing.assert_close(torch.cat([one[1], two[1]]), gradient, rtol=1e-6, atol=1e-12)
+        # Distributed training averages over workers. Only the order of float64 additions differs,
+        # and logs of counts are float32.
+        torch.testing.assert_close((one[0] + two[0]) / 2, value, rtol=1e-6, atol=0)
+        both = torch.cat([one[1], two[1]]) / 2
+        torch.testing.assert_close(both, gradient, rtol=1e-6, atol=1e-12)
     for key, expected in ours.state_dict().items():
         assert torch.equal(first_state[key], second_state[key])
         torch.testing.assert_close(first_state[key], expected, rtol=1e-12, atol=0)

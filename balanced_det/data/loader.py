@@ -4,10 +4,12 @@ Detectron2's loader is a stream that only goes forward: which image comes next d
 came before, and how it is augmented on which process loads it. Here a batch is a function of its
 number. The order is that of Detectron2's sampler and of its aspect ratio grouping, replayed without
 reading an image; the augmentations of the sample at a position of the stream are seeded by (seed,
-worker, position). So a run that starts again at any iteration sees what it would have seen, for any
-number of loading processes.
+position). So a run that starts again at any iteration sees what it would have seen, for any number
+of loading processes; and with images of one orientation, for any number of workers that share the
+same total batch.
 """
 
+import itertools
 import logging
 import signal
 import struct
@@ -111,6 +113,9 @@ class Broken:
 class BatchStream(torch.utils.data.Sampler):
     """The endless batches of one worker, as lists of (batch, position, index of the record).
 
+    Positions are those of the stream that all workers share: of W workers, the one of rank w has w,
+    w + W, w + 2 W and so on, as Detectron2's samplers deal them out.
+
     Args:
         sampler: Detectron2's endless stream of indices.
         batch_size: images a batch of this worker.
@@ -127,7 +132,8 @@ class BatchStream(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         buckets: dict[int, list] = {int(group): [] for group in np.unique(self.group)}
         number = 0
-        for position, index in enumerate(self.sampler):
+        positions = itertools.count(comm.get_rank(), comm.get_world_size())
+        for position, index in zip(positions, self.sampler):
             bucket = buckets[int(self.group[index])]
             bucket.append((position, int(index)))
             if len(bucket) < self.batch_size:
@@ -187,7 +193,7 @@ class TrainLoader:
         samples = _Samples(
             DatasetFromList(self.records, copy=False),
             self.mapper,
-            (self.seed, _SAMPLE_STREAM, comm.get_rank()),
+            (self.seed, _SAMPLE_STREAM),
             bool(self.cfg.BALANCE.SKIP_BROKEN_IMAGES),
         )
         return _raising(

@@ -1,7 +1,8 @@
 """A mask head that predicts the mask of a row's own class alone.
 
 Detectron2 predicts the masks of all K classes to train one; with 1,203 classes that takes 3.8 MB a
-row. Loss, gradients and predictions are Detectron2's to rounding.
+row. Loss, gradients and predictions are Detectron2's to rounding; with several workers, where
+Detectron2 takes the mean over the rows of each, the loss is that over the rows of all.
 
 Letters: N images, F rows, S the side of a mask, C channels.
 """
@@ -18,6 +19,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..distributed import mean_over_workers
 from ..rows import without_waiting
 from .event_log import log_masks
 
@@ -63,6 +65,9 @@ class BalancedMaskHead(MaskRCNNConvUpsampleHead):
 def mask_loss(logits: Tensor, instances: Sequence[Instances], vis_period: int = 0) -> Tensor:
     """Return the mean binary cross entropy of masks (Mask R-CNN, arXiv 1703.06870, section 3).
 
+    It is divided by the rows of a worker on average over the workers, so that each mask weighs the
+    same, whichever worker it is on; every worker must call this.
+
     Args:
         logits: (F, S, S).
         instances: one ``Instances`` an image, F rows in all, with ``proposal_boxes`` and
@@ -74,8 +79,10 @@ def mask_loss(logits: Tensor, instances: Sequence[Instances], vis_period: int = 
         for p in instances
         if len(p)
     ]
+    num_rows = mean_over_workers(logits.new_full((), len(logits), dtype=torch.float32))
     if not of_images:
         return logits.sum() * 0
     targets = without_waiting(torch.cat(of_images), logits.device)
     log_masks(logits.detach(), targets, vis_period)
-    return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
+    total = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="sum")
+    return total / (num_rows * logits.shape[-1] ** 2)

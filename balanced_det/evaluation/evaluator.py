@@ -4,6 +4,7 @@ import glob
 import logging
 import math
 import os
+import time
 import urllib.parse
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -159,8 +160,7 @@ class BalancedLVISEvaluator(DatasetEvaluator):
         collected = self._collected()
         gathered = [collected]
         if self._distributed:
-            comm.synchronize()
-            gathered = comm.gather(collected, dst=0)
+            gathered = self._gather(collected)
             if not comm.is_main_process():
                 return None
         gathered = [part for part in gathered if part["images"]]
@@ -259,6 +259,21 @@ class BalancedLVISEvaluator(DatasetEvaluator):
             "states": {task: matcher.to_bytes() for task, matcher in self._matchers.items()},
             "path": self._writer.path if self._writer is not None else None,
         }
+
+    def _gather(self, collected: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what all workers collected, on the main process; log how much that was."""
+        comm.synchronize()
+        start = time.perf_counter()
+        gathered = comm.gather(collected, dst=0)
+        if len(gathered) > 1:
+            of_others = [state for part in gathered[1:] for state in part["states"].values()]
+            logger.info(
+                "Gathered %d bytes of matches from %d other workers in %.3f s.",
+                sum(len(matches) + given.nbytes for matches, given in of_others),
+                len(gathered) - 1,
+                time.perf_counter() - start,
+            )
+        return gathered
 
     def _partial(self, worker: int | str) -> str:
         name, extension = os.path.splitext(DETECTIONS)

@@ -18,6 +18,7 @@ prior of 0.001 and gradients clipped at a norm of 35.
 
 from torch import Tensor
 
+from ..distributed import num_workers
 from ..errors import InputError
 from .base import CLASSIFICATION_LOSSES
 from .gradient_ratio import GradientRatio
@@ -69,5 +70,9 @@ class EqualizedFocalLoss(SigmoidLoss):
         }
 
     def after_pass(self, gradient_sums: Tensor, scale: float | Tensor) -> None:
-        """Add the step's gradients."""
-        self.gradient_ratio.add(gradient_sums * scale)
+        """Add the step's gradients: those of one process that had the rows of all workers.
+
+        A worker's normalizer is that of its part of the batch, so its gradients are as many times
+        larger as there are workers, which averaging makes good.
+        """
+        self.gradient_ratio.add(gradient_sums * scale / num_workers())
