@@ -953,12 +953,16 @@ def _of_one_setup(runs):
 
 
 def _same_settings(run, other):
-    settings = [
-        {key: value for key, value in r.settings.items() if key not in PLACE_KEYS}
-        for r in (run, other)
-    ]
     same_folder = run.folder.resolve() == other.folder.resolve()
-    return settings[0] == settings[1] and run.seed != other.seed and not same_folder
+    same = _settings_of_any_seed(run) == _settings_of_any_seed(other)
+    return same and run.seed != other.seed and not same_folder
+
+
+def _settings_of_any_seed(run):
+    """Settings without the seed, also in the name of the run whose weights it began with."""
+    settings = {key: value for key, value in run.settings.items() if key not in PLACE_KEYS}
+    weights = str(settings.get("MODEL.WEIGHTS", ""))
+    return {**settings, "MODEL.WEIGHTS": weights.replace(f"_seed{run.seed}/", "_seed/")}
 
 
 def _in_order(words, setups, read):

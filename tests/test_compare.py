@@ -252,6 +252,21 @@ def test_folders_that_differ_in_their_seed_alone_are_runs_of_one_setup(tmp_path)
     assert list(found) == ["plain", str(renamed)]
 
 
+def test_runs_that_begin_with_the_weights_of_their_own_seed_are_of_one_setup(tmp_path):
+    def began_with(seed, seed_of_weights):
+        name = tmp_path / f"second_seed{seed}"
+        weights = f"out/first_seed{seed_of_weights}/model_final.pth"
+        finished_run(name, tmp_path / "val.json", [], seed, MODEL__WEIGHTS=weights)
+        return runs.read_run(name)
+
+    write_json(tmp_path / "val.json", federated(0)[0])
+    first, second, other = began_with(0, 0), began_with(1, 1), began_with(2, 1)
+    assert compare._of_one_setup([first, second, other]) == {
+        "second": [first, second],
+        str(other.folder): [other],
+    }
+
+
 def test_cost_and_card_are_those_of_the_runs_own_files(two, tmp_path):
     _, annotations, _, _ = two
     folder = finished_run(tmp_path / "run", annotations, [], device="cuda:1", SOLVER__MAX_ITER=100)
