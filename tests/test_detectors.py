@@ -13,6 +13,7 @@ from models import DETECTORS, FASTER, FCOS, NUM_CLASSES, RETINANET, batch, confi
 from torch.nn.parallel import DistributedDataParallel
 
 from balanced_det.criterion import Criterion
+from balanced_det.detectors import BalancedFCOS
 from balanced_det.detectors.encoding import WaitlessTransform
 from balanced_det.errors import InputError
 from balanced_det.losses import CLASSIFICATION_LOSSES
@@ -534,6 +535,12 @@ def test_a_point_starts_with_a_box_of_the_distance_that_is_configured():
     point = torch.tensor([[-4.0, -4.0, 4.0, 4.0]])  # of a level with a stride of 8
     boxes = model.box2box_transform.apply_deltas(deltas, point)
     assert boxes.tolist() == [[-16.0, -16.0, 16.0, 16.0]]
+
+
+def test_a_point_cannot_start_with_a_distance_that_is_cut_off():
+    arguments = BalancedFCOS.from_config(config(DETECTORS["fcos"]))
+    with pytest.raises(InputError, match="initial_distance must be above 0, not -1"):
+        BalancedFCOS(**{**arguments, "initial_distance": -1.0})
 
 
 def test_objectness_needs_no_classes():

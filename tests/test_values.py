@@ -108,7 +108,7 @@ FASTER = [
     ("SOLVER.BASE_LR_END", COSINE, -1.0, NAN, 9.0),
     ("SOLVER.MOMENTUM", {}, -0.5, 1, NAN),
     ("SOLVER.WEIGHT_DECAY", {}, -1, NAN, INF),
-    ("SOLVER.WEIGHT_DECAY_BIAS", {}, -1, "x", NAN),
+    ("SOLVER.WEIGHT_DECAY_BIAS", {}, -1, "x", NAN, [0.1]),
     ("SOLVER.BIAS_LR_FACTOR", {}, -1, NAN),
     ("SOLVER.GAMMA", {}, 0, -1),
     ("SOLVER.STEPS", {}, (-1,), (0,), (1.5,), (5, 3), ("a",), 3, (2, 2), (1, 2)),
@@ -137,7 +137,7 @@ FASTER = [
     ("BALANCE.DATASETS", {}, "x", [["a"]], [3], [["a", 1, 2]]),
     ("BALANCE.COUNT_IMAGES", {}, 0, -1, "x"),
     ("BALANCE.TRAIN_ONLY", {}, ["nothing."], "x", [3]),
-    ("BALANCE.GRADIENT_FIGURE_PERIOD", {}, 0, "x", 1.5),
+    ("BALANCE.GRADIENT_FIGURE_PERIOD", {}, 0, "x", 1.5, True, [10]),
     ("BALANCE.STATISTICS", {}, "mine", None),
     ("BALANCE.TRUSTED_WEIGHTS", {}, "x", [3]),
     ("BALANCE.SKIP_BAD_STEPS", {}, -1, 1.5),
@@ -157,7 +157,7 @@ FASTER = [
     ("BALANCE.ROI_HEADS.SCORE_CALIBRATION", {}, "Cal", "NorCal", 3),
     ("BALANCE.ROI_HEADS.CLASSIFIER", {}, "Lin", 3),
     ("BALANCE.ROI_HEADS.CLASSIFICATION_WEIGHT", {}, -1, NAN, None),
-    ("BALANCE.ROI_HEADS.PRIOR_PROB", {}, 0, 1, "x"),
+    ("BALANCE.ROI_HEADS.PRIOR_PROB", {}, 0, 1, "x", [0.5]),
     ("BALANCE.ROI_HEADS.GUIDED_FACTOR", {}, 0, -1),
     ("BALANCE.ROI_HEADS.CLASS_WEIGHTS", {}, "x", [1.0], [-1.0] * 6, [NAN] * 6, 3, ["a"] * 6, []),
     ("BALANCE.RPN.CLASSIFICATION_LOSS", {}, "SeesawLoss"),
@@ -200,6 +200,7 @@ FCOS = [
     ("MODEL.FCOS.NUM_CONVS", {}, -1, 0),
     ("MODEL.FCOS.NORM", {}, "x"),
     ("MODEL.FCOS.CENTER_SAMPLING_RADIUS", {}, -1, NAN),
+    ("MODEL.FCOS.INITIAL_DISTANCE", {}, 0, -1, "x", NAN, True, [2.0]),
 ]
 SHAPES_RETINANET = "configs/shapes/retinanet.yaml"
 DETECTORS = {

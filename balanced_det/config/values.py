@@ -74,6 +74,13 @@ _INTEGERS = (
     "TEST.AUG.MIN_SIZES",
     "BALANCE.GRADIENT_FIGURE_PERIOD",
 )
+# A single number, or None, which is the default: yacs would take a list or a truth value, too.
+_NUMBERS_OR_NONE = (
+    "SOLVER.WEIGHT_DECAY_BIAS",
+    "MODEL.FCOS.INITIAL_DISTANCE",
+    "BALANCE.GRADIENT_FIGURE_PERIOD",
+    "BALANCE.ROI_HEADS.PRIOR_PROB",
+)
 _NEVER_EMPTY = (
     "MODEL.RESNETS.OUT_FEATURES",
     "MODEL.RPN.IN_FEATURES",
@@ -120,6 +127,7 @@ def check_values(cfg: CfgNode) -> None:
     """
     _refuse_none(cfg)
     _check_lists(cfg)
+    _check_numbers(cfg)
     check_ranges(cfg)
     for key, choices in CHOICES.items():
         value = value_of(cfg, key)
@@ -166,6 +174,13 @@ def _refuse_none(cfg):
             raise InputError(
                 f"{key} is None; it must be a {type(default).__name__}, as {default!r} is."
             )
+
+
+def _check_numbers(cfg):
+    for key in _NUMBERS_OR_NONE:
+        value = value_of(cfg, key)
+        if isinstance(value, (bool, list, tuple)):
+            raise InputError(f"{key} is {value!r}; it must be a number or None.")
 
 
 def _check_lists(cfg):

@@ -36,6 +36,9 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
             Detectron2's boxes start nearly empty, where GIoU has hardly a gradient, and a distance
             below zero is cut off and has none; None leaves them so.
         kwargs: the other arguments of that, and Detectron2's own.
+
+    Raises:
+        InputError: a sampler that chooses by IoU, or a distance that is not above 0.
     """
 
     @configurable
@@ -44,7 +47,7 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
         *,
         criterion: Criterion,
         selection: Selection,
-        head: Any,
+        head: FCOSHead,
         initial_distance: float | None = None,
         **kwargs: Any,
     ):
@@ -56,6 +59,8 @@ class BalancedFCOS(BalancedDenseDetector, FCOS):
         refuse_replaced(kwargs, replaced.DENSE)
         replace_classifier(head, criterion.num_logits)
         if initial_distance is not None:
+            if not initial_distance > 0:
+                raise InputError(f"initial_distance must be above 0, not {initial_distance}.")
             nn.init.constant_(head.bbox_pred.bias, initial_distance)
         super().__init__(criterion=criterion, selection=selection, head=head, **kwargs)
 
