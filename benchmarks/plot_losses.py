@@ -31,6 +31,8 @@ def main():
     parser.add_argument("--out", type=Path, help="the figure to draw")
     parser.add_argument("--every", type=int, help="print means over so many iterations")
     args = parser.parse_args()
+    if not (args.every or args.out):
+        parser.error("there is nothing to do without --out or --every")
     if args.every:
         print_means(args.runs, args.every)
     if args.out:

@@ -17,8 +17,8 @@ import tables  # noqa: E402
 from balanced_det.runs import distinct_names, parse_setup  # noqa: E402
 
 EVIDENCE = ROOT / "benchmarks/evidence"
-RUNS = ROOT / "benchmarks/evidence/photos_rcnn_runs.jsonl"
-COMPARISON = ROOT / "benchmarks/evidence/photos_rcnn_comparison.jsonl"
+RUNS = EVIDENCE / "photos_rcnn_runs.jsonl"
+COMPARISON = EVIDENCE / "photos_rcnn_comparison.jsonl"
 
 
 @pytest.mark.parametrize("name", tables.FILES)
@@ -60,6 +60,7 @@ def test_a_setup_is_called_by_what_it_adds_to_the_first():
         "base+eql+BALANCE.EqualizationLoss.TAIL_THRESHOLD=0.005",
         "base+BALANCE.ROI_HEADS.CLASSIFIER=CosineLinear",
         "base+SOLVER.BASE_LR=0.01",
+        "base+MODEL.WEIGHTS={out}/first_seed{seed}/model_final.pth",
     ]
     assert tables.labels("softmax", setups) == {
         "softmax": setups[0],
@@ -67,6 +68,7 @@ def test_a_setup_is_called_by_what_it_adds_to_the_first():
         "EQL, tail below 0.005": setups[2],
         "cosine classifier": setups[3],
         "`SOLVER.BASE_LR=0.01`": setups[4],
+        "`MODEL.WEIGHTS={out}/first_seed{seed}/model_final.pth`": setups[5],
     }
 
 
@@ -109,3 +111,10 @@ def test_a_setup_that_is_compared_with_itself_differs_by_nothing(tmp_path):
 def test_a_loss_is_averaged_over_each_so_many_iterations():
     curve = ([20, 40, 60, 80, 100], [5.0, 3.0, 2.0, 1.0, 0.5])
     assert plot_losses.means_of(curve, 40) == {40: 4.0, 80: 1.5, 120: 0.5}
+
+
+def test_losses_are_neither_drawn_nor_printed_in_silence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plot_losses.py", "output/run"])
+    with pytest.raises(SystemExit):
+        plot_losses.main()
+    assert "nothing to do without --out or --every" in capsys.readouterr().err

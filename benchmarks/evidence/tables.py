@@ -234,7 +234,8 @@ def labels(first: str, setups: list[str]) -> dict[str, str]:
 def _part_label(part):
     key, _, value = part.partition("=")
     name = key.rpartition(".")[2]
-    return _ADDED.get(f"{name}={value}", _ADDED.get(name, f"`{part}`")).format(value)
+    label = _ADDED.get(f"{name}={value}", _ADDED.get(name))
+    return f"`{part}`" if label is None else label.format(value)
 
 
 def _mean(row):
