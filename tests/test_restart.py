@@ -152,24 +152,16 @@ def test_run_without_a_seed_goes_on_with_the_random_numbers_it_began_with(data, 
 
 # --- Several processes, and a GPU -----------------------------------------------------------------
 
-# On a GPU sums come in any order, which float16 shows in its last bits. What a run loses when it
-# forgets the momentum, or sees other images, is as large as what it learns.
-TOLERANCE = {"cpu": 0.0, "cuda": 0.1}
 # As many as there are, of two; SyncBN and the rest talk by NCCL then.
 NUM_GPUS = min(2, torch.cuda.device_count())
 
 
-def on_device(device, amp):
+def on_device(device, amp=None):
     """Return the flags and keys of a run on a device, in mixed precision where ``amp`` names it."""
-    keys = {"MODEL.DEVICE": device, "SEED": 3, "SOLVER.CHECKPOINT_PERIOD": 3}
+    keys = {"MODEL.DEVICE": device, "SEED": 3, "SOLVER.CHECKPOINT_PERIOD": 1}
     keys.update({"SOLVER.AMP.ENABLED": True, "BALANCE.AMP_DTYPE": amp} if amp else {})
     processes = NUM_GPUS if device == "cuda" else 2
     return ("--num-gpus", str(processes), "--dist-url", "auto"), keys
-
-
-def weights_of(path):
-    state = torch.load(path, map_location="cpu")["model"]
-    return torch.cat([v.double().flatten() for v in state.values() if v.is_floating_point()])
 
 
 def exact_state_of(path):
@@ -187,49 +179,98 @@ def exact_state_of(path):
     }
 
 
-CUDA = [pytest.mark.gpu, pytest.mark.skipif(not NUM_GPUS, reason="needs a CUDA device")]
+def killed_and_resumed(data, folder, detector, flags, keys):
+    """Kill all processes of a run at once, resume it, and return its last checkpoint."""
+    kill_at(2, data, folder, detector, *flags, **keys)
+    run(data, folder, detector, *flags, "--resume", **keys)
+    return folder / "model_final.pth"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("device", "amp"),
-    [
-        pytest.param("cpu", None, id="two processes"),
-        pytest.param("cuda", None, id="cuda", marks=CUDA),
-        pytest.param("cuda", "float16", id="cuda, float16", marks=CUDA),
-        pytest.param("cuda", "bfloat16", id="cuda, bfloat16", marks=CUDA),
-    ],
-)
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_processes_killed_and_resumed_end_as_the_uninterrupted_ones(
-    data, tmp_path, detector, device, amp
+def test_two_processes_killed_and_resumed_end_as_the_uninterrupted_ones(data, tmp_path, detector):
+    flags, keys = on_device("cpu")
+    run(data, tmp_path / "whole", detector, *flags, **keys)
+    killed = killed_and_resumed(data, tmp_path / "killed", detector, flags, keys)
+    assert differing(tmp_path / "whole/model_final.pth", killed) == set()
+
+
+def last_step(before, after):
+    """Return what a step changed, {name: vector}: of all weights together, and of each buffer.
+
+    Apart, since counts of rows are ten thousand times as large as weights.
+    """
+    before, after = (torch.load(path, map_location="cpu") for path in (before, after))
+    changes = {
+        name: (value.double() - before["model"][name].double()).flatten()
+        for name, value in after["model"].items()
+        if value.is_floating_point()
+    }
+    weights = [name for name in changes if name.endswith((".weight", ".bias"))]
+    return {"weights": torch.cat([changes.pop(name) for name in weights]), **changes}
+
+
+def largest_difference(step, other):
+    """Return the largest |a - b| / |a| of what two steps changed."""
+    return max(
+        ((change - other[name]).norm() / change.norm()).item()
+        for name, change in step.items()
+        if change.any() or other[name].any()
+    )
+
+
+def without_momentum(checkpoint):
+    """Return a checkpoint of a run that forgot its momentum."""
+    checkpoint["trainer"]["_trainer"]["optimizer"]["state"] = {}
+    return checkpoint
+
+
+# On a GPU sums come in any order. How much that does to a step is measured: the same step is made
+# twice. Two such differences, of sums of very many errors, are of one size: one is not ten times
+# the other. Where twice the same comes out by chance, a rounding of float16 is allowed.
+NOISE, ROUNDING = 10, 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(not NUM_GPUS, reason="needs a CUDA device")
+@pytest.mark.parametrize("amp", [None, "float16", "bfloat16"])
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_a_resumed_run_on_a_gpu_makes_the_step_of_the_uninterrupted_one(
+    data, tmp_path, detector, amp
 ):
-    whole, resumed, killed = (tmp_path / name for name in ("whole", "resumed", "killed"))
-    flags, keys = on_device(device, amp)
+    flags, keys = on_device("cuda", amp)
+    whole = tmp_path / "whole"
     run(data, whole, detector, *flags, **keys)
 
-    # From one state in the middle: what the rest of the run makes of it.
-    resumed.mkdir()
-    middle = "model_0000005.pth"
-    (resumed / middle).write_bytes((whole / middle).read_bytes())
-    run(data, resumed, detector, *flags, "--resume", **keys)
-    start, first, second = map(
-        weights_of,
-        (whole / middle, whole / "model_final.pth", resumed / "model_final.pth"),
-    )
-    moved = (first - start).norm()
-    assert moved > 0
-    assert (second - first).norm() <= TOLERANCE[device] * moved
-    expected = exact_state_of(whole / "model_final.pth")
-    assert exact_state_of(resumed / "model_final.pth") == expected
-    if amp == "float16":
-        assert expected["scaler"]["scale"] > 0
-        # Counted since the start or the last overflow, which the resumed run must know of.
-        assert exact_state_of(whole / middle)["scaler"] != expected["scaler"]
+    # One step only: the next begins with other last bits, which decide which proposals come first
+    # and so which rows are drawn. Gradients that differ by a millionth, drawn at random on a CPU,
+    # make of six steps of the two-stage detector others by half of their length.
+    before = whole / f"model_{ITERATIONS - 2:07d}.pth"
 
-    # Killed for real, all processes at once.
-    kill_at(2, data, killed, detector, *flags, **keys)
-    run(data, killed, detector, *flags, "--resume", **keys)
-    assert exact_state_of(killed / "model_final.pth")["iteration"] == expected["iteration"]
-    if device == "cpu":
-        assert differing(whole / "model_final.pth", killed / "model_final.pth") == set()
+    def resumed(name, edited=lambda checkpoint: checkpoint):
+        folder = tmp_path / name
+        folder.mkdir()
+        checkpoint = torch.load(before, map_location="cpu")
+        torch.save(edited(checkpoint), folder / before.name)
+        run(data, folder, detector, *flags, "--resume", **keys)
+        return folder / "model_final.pth"
+
+    final = [whole / "model_final.pth", resumed("once"), resumed("twice")]
+    expected, once, twice = (last_step(before, path) for path in final)
+    assert expected["weights"].any()
+    allowed = max(NOISE * largest_difference(once, twice), ROUNDING)
+    assert largest_difference(expected, once) <= allowed
+    # Small beside what a run differs by that forgot its momentum.
+    forgetful = last_step(before, resumed("forgetful", without_momentum))
+    assert allowed < largest_difference(expected, forgetful) / 10
+
+    state = exact_state_of(final[0])
+    assert exact_state_of(final[1]) == state
+    if amp == "float16":
+        assert state["scaler"]["scale"] > 0
+        # Counted since the start or the last overflow, which the resumed run must know of.
+        assert exact_state_of(before)["scaler"] != state["scaler"]
+
+    killed = killed_and_resumed(data, tmp_path / "killed", detector, flags, keys)
+    assert exact_state_of(killed)["iteration"] == state["iteration"]
