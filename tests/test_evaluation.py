@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import math
+import sys
 import types
 from decimal import Decimal
 from fractions import Fraction
@@ -40,6 +41,10 @@ from balanced_det.evaluation import (
 from balanced_det.evaluation.__main__ import main as evaluate_files
 from balanced_det.evaluation.detections import read_detections, texts_of
 from balanced_det.evaluation.per_class import class_rows, write_results
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_scaling
 
 LVIS_FILE = Path(__file__).parents[2] / "shared/data/lvis_v0.5_val_100.json"
 
@@ -892,6 +897,17 @@ def test_one_and_three_workers_write_the_same_bytes(tmp_path):
     assert written[0] == written[1]
     assert repr(alone) == repr(together[0])  # NaN included
     assert 1 < alone["segm"]["AP"] < 99
+
+    # What the benchmarks of several GPUs make of that log and of these files.
+    (tmp_path / "log.txt").write_text(told[0])
+    assert bench_scaling.gathered(tmp_path)["bytes_gathered"] == sum(sent[1:])
+    same = bench_scaling.compare_results(tmp_path / "1", tmp_path / "3")
+    assert (same["equal_files"], same["other_files"]) == (sorted(written[0]), [])
+    file = tmp_path / "3" / bench_scaling.DETECTIONS
+    first, *others = json.loads(file.read_text())
+    file.write_text(json.dumps([*others, {**first, "score": first["score"] / 2}]))
+    other = bench_scaling.compare_results(tmp_path / "1", tmp_path / "3")
+    assert (other["other_files"], other["other_detections"]) == ([file.name], 1)
 
 
 @pytest.fixture
