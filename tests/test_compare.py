@@ -583,7 +583,9 @@ def test_configs_are_trained_compared_and_not_trained_again(tiny, tmp_path):
     out = tmp_path / "out"
     setups = [tiny, f"{tiny}+eql", f"{tiny}+MODEL.WEIGHTS=/nowhere.pth"]
     arguments = [*setups, "--seeds", "1", "--jobs", "2", "--draws", "50", "--out", out]
-    process = run_compare(*arguments, "SOLVER.BASE_LR", "0.01")
+    # Long enough for an AP that is not zero, whatever images are flipped.
+    opts = ["SOLVER.BASE_LR", "0.01", "SOLVER.MAX_ITER", "24"]
+    process = run_compare(*arguments, *opts)
     stdout, stderr = process.communicate(timeout=300)
     # The third cannot be trained; the others are compared all the same.
     assert process.returncode == 1, stderr
@@ -594,7 +596,7 @@ def test_configs_are_trained_compared_and_not_trained_again(tiny, tmp_path):
     first, second = read_jsonl(out / "runs.jsonl")
     recorded = json.loads((out / "tiny_seed0/inference/lvis_results.json").read_text())["bbox"]
     assert first["AP"] == pytest.approx(recorded["AP"], abs=1e-3) and first["AP"] > 0
-    assert f"--config-file {tiny} SOLVER.BASE_LR 0.01 OUTPUT_DIR" in first["command"]
+    assert f"--config-file {tiny} {' '.join(opts)} OUTPUT_DIR" in first["command"]
     assert "--with eql" in second["command"]
     assert first["commit"] == runs.commit() and first["card"] == runs.processor()
     assert first["seconds_per_iteration"] > 0 and first["host_memory_mb"] > 100
@@ -602,11 +604,12 @@ def test_configs_are_trained_compared_and_not_trained_again(tiny, tmp_path):
     # Again, in this process: nothing is trained, and other settings are refused.
     final = out / "tiny_seed0/model_final.pth"
     written = final.stat().st_mtime_ns
-    again = [*map(str, arguments), "SOLVER.BASE_LR", "0.01"]
+    again = [*map(str, arguments), *opts]
     (out / "compare.html").unlink()
     assert compare.main([str(tiny), f"{tiny}+eql", *again[3:]]) == 0
     assert final.stat().st_mtime_ns == written and (out / "compare.html").is_file()
-    planned = runs.plan(runs.parse_setup(str(tiny)), 0, out, ["SOLVER.BASE_LR", "0.02"])
+    opts[1] = "0.02"
+    planned = runs.plan(runs.parse_setup(str(tiny)), 0, out, opts)
     with pytest.raises(InputError, match=r"another SOLVER.BASE_LR, 0.01 instead of 0.02"):
         runs.train_all([planned], 1)
 
