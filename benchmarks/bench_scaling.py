@@ -45,20 +45,27 @@ def options(folder, config):
     ]
 
 
-def run(folder, config, gpus, *arguments):
-    """Run ``train_net.py`` and return (its seconds, its output folder)."""
-    output = folder / f"output_{gpus}"
-    command = [sys.executable, str(ROOT / "train_net.py"), "--num-gpus", str(gpus)]
+def train_net(config, gpus, *arguments, **environment):
+    """Run ``train_net.py`` on a config with its fragments; return its seconds."""
     file, *fragments = config.split("+")
-    command += ["--config-file", str(ROOT / "configs" / file)]
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file"]
+    command += [str(ROOT / "configs" / file), "--num-gpus", str(gpus), "--dist-url", "auto"]
     command += ["--with", *fragments] if fragments else []
-    command += [*arguments, *options(folder, config), "OUTPUT_DIR", str(output)]
-    environment = {**os.environ, "DETECTRON2_DATASETS": str(folder), "OMP_NUM_THREADS": "1"}
+    command += arguments
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return time.perf_counter() - start, output
+    return time.perf_counter() - start
+
+
+def run(folder, config, gpus, *arguments):
+    """Run a config on the data in a folder; return (its seconds, its output folder)."""
+    output = folder / f"output_{gpus}"
+    keys = [*options(folder, config), "OUTPUT_DIR", str(output)]
+    seconds = train_net(config, gpus, *arguments, *keys, DETECTRON2_DATASETS=str(folder))
+    return seconds, output
 
 
 def training(folder, config, gpus, batch, iterations):

@@ -18,33 +18,23 @@ gloo. The data are generated shapes of one size.
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from bench_scaling import compare_results, gathered
+from bench_scaling import compare_results, gathered, train_net
 from worker_steps import STEPS, compared_steps, keys_of, make_data, relative
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def train_net(keys, workers, *flags):
+def run_retinanet(keys, workers, *flags):
     """Run ``train_net.py`` on a RetinaNet with GHM-C; return its seconds."""
-    command = [sys.executable, str(ROOT / "train_net.py"), "--num-gpus", str(workers)]
-    command += ["--dist-url", "auto", *flags, "--with", "ghmc"]
-    command += ["--config-file", str(ROOT / "configs" / "shapes" / "retinanet.yaml")]
-    command += [str(item) for pair in keys.items() for item in pair]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return time.perf_counter() - start
+    words = [str(item) for pair in keys.items() for item in pair]
+    return train_net("shapes/retinanet.yaml+ghmc", workers, *flags, *words)
 
 
 def losses(folder):
@@ -71,7 +61,7 @@ def resume_part(args, keys, whole):
     keys.update({"DATASETS.TEST": (), "BALANCE.OVERWRITE": True})
     # At the rate of the config another order of sums grows tenfold a step, on one worker too.
     keys.update({"SOLVER.BASE_LR": 1e-4})
-    train_net({**keys, "OUTPUT_DIR": whole}, args.gpus[0])
+    run_retinanet({**keys, "OUTPUT_DIR": whole}, args.gpus[0])
     middle = whole / f"model_{half - 1:07d}.pth"
     iteration, at_middle = statistics_of(middle)
     end, expected = statistics_of(whole / "model_final.pth")
@@ -82,7 +72,7 @@ def resume_part(args, keys, whole):
         folder.mkdir()
         shutil.copy(middle, folder)
         (folder / "last_checkpoint").write_text(middle.name)
-        train_net({**keys, "OUTPUT_DIR": folder}, workers, "--resume")
+        run_retinanet({**keys, "OUTPUT_DIR": folder}, workers, "--resume")
         resumed_end, found = statistics_of(folder / "model_final.pth")
         curve, resumed_curve = losses(whole), losses(folder)
         rows.append(
@@ -114,7 +104,7 @@ def evaluation_part(args, keys, weights):
     for workers in args.gpus:
         folder = args.folder / f"evaluation_{workers}"
         keys_here = {**keys, "OUTPUT_DIR": folder, "MODEL.WEIGHTS": weights}
-        seconds = train_net(keys_here, workers, "--eval-only")
+        seconds = run_retinanet(keys_here, workers, "--eval-only")
         row = {"workers": workers, "seconds": seconds, **gathered(folder)}
         first = args.folder / f"evaluation_{args.gpus[0]}"
         metrics = json.loads((folder / "inference" / "lvis_results.json").read_text())
