@@ -118,6 +118,7 @@ TABLES = {
             "ECM, cosine classifier, weight 2": f"quickstart_softmax+ecm+{_W}",
         },
     ),
+    "shapes_cosine": ("shapes_cosine_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
     "photos_more": ("photos_more_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
     "photos_long": ("photos_long_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
     "photos_retinanet": ("photos_retinanet_comparison.jsonl", *_GROUPS, "focal loss"),
