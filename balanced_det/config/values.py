@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..parts import PARTS
 from .keys import PYRAMID_BUILDER, add_balanced_det_config
 from .lazy import lazy_config
-from .ranges import check_ranges, flat, is_number
+from .ranges import RANGES, check_ranges, flat, is_number
 from .reads import all_values, value_of
 
 _NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -73,13 +73,6 @@ _INTEGERS = (
     "SOLVER.STEPS",
     "TEST.AUG.MIN_SIZES",
     "BALANCE.GRADIENT_FIGURE_PERIOD",
-)
-# A single number, or None, which is the default: yacs would take a list or a truth value, too.
-_NUMBERS_OR_NONE = (
-    "SOLVER.WEIGHT_DECAY_BIAS",
-    "MODEL.FCOS.INITIAL_DISTANCE",
-    "BALANCE.GRADIENT_FIGURE_PERIOD",
-    "BALANCE.ROI_HEADS.PRIOR_PROB",
 )
 _NEVER_EMPTY = (
     "MODEL.RESNETS.OUT_FEATURES",
@@ -153,23 +146,23 @@ def check_pairs(cfg: CfgNode) -> None:
 
 
 @functools.cache
-def _defaults_that_are_values():
-    """Return {key: default} of the keys that None does not turn off; not those of methods."""
+def _defaults():
+    """Return {key: default} of all keys but those of methods."""
     cfg = get_cfg()
     add_balanced_det_config(cfg)
     methods = {node for node in cfg.BALANCE if isinstance(cfg.BALANCE[node], CfgNode)} - {*PARTS}
     return {
         key: value
         for key, value in all_values(cfg).items()
-        if value is not None
-        and key not in _CAN_BE_NONE
-        and not (key.startswith("BALANCE.") and key.split(".")[1] in methods)
+        if not (key.startswith("BALANCE.") and key.split(".")[1] in methods)
     }
 
 
 def _refuse_none(cfg):
     """Refuse None where a value is wanted; yacs takes it for every key."""
-    for key, default in _defaults_that_are_values().items():
+    for key, default in _defaults().items():
+        if default is None or key in _CAN_BE_NONE:
+            continue
         if value_of(cfg, key) is None:
             raise InputError(
                 f"{key} is None; it must be a {type(default).__name__}, as {default!r} is."
@@ -177,9 +170,10 @@ def _refuse_none(cfg):
 
 
 def _check_numbers(cfg):
-    for key in _NUMBERS_OR_NONE:
+    """Refuse all but a number where None is the default, for which yacs takes anything."""
+    for key in RANGES:
         value = value_of(cfg, key)
-        if isinstance(value, (bool, list, tuple)):
+        if _defaults()[key] is None and isinstance(value, (bool, list, tuple)):
             raise InputError(f"{key} is {value!r}; it must be a number or None.")
 
 
