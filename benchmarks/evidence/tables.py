@@ -121,6 +121,8 @@ TABLES = {
     "shapes_cosine": ("shapes_cosine_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
     "photos_more": ("photos_more_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
     "photos_long": ("photos_long_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
+    "photos_longest": ("photos_longest_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
+    "photos_after": ("photos_after_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
     "photos_retinanet": ("photos_retinanet_comparison.jsonl", *_GROUPS, "focal loss"),
     "photos_fcos": ("photos_fcos_comparison.jsonl", *_GROUPS, "focal loss"),
     "photos_cascade": ("photos_cascade_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
@@ -181,6 +183,7 @@ _ADDED = {
     "norcal": "NorCal",
     "ohem": "OHEM",
     "optimal_prior": "optimal bias alone",
+    "prior_correction": "prior correction",
     "rfs": "repeat-factor sampling",
     "sampling_free": "sampling-free",
     "sampling_free_published": "sampling-free as published",
@@ -197,7 +200,7 @@ _ADDED = {
     "SCORE_THRESHOLD=ClassAdaptiveThreshold": "class-adaptive thresholds",
     "TAIL_THRESHOLD": "tail below {}",
     # Its keys are those of its schedule, which the text tells.
-    "decoupled": "decoupled: the classifier of the first row, trained again",
+    "decoupled": "decoupled: the classifier trained again",
     # The same in all rows of a table, which its text tells.
     "BACKBONE": "",
     "CLASSIFICATION_WEIGHT": "",
