@@ -75,6 +75,15 @@ TABLES = {
             "EQL, whose control that is: `--with eql`": f"photos_rcnn+{_EQL}",
         },
     ),
+    "photos_longest_short": (
+        "photos_longest_comparison.jsonl",
+        (),
+        ("AP", "APr", "APf"),
+        {
+            "class-aware sampling": "photos_longest+class_aware",
+            "cosine classifier and repeat-factor sampling": f"photos_longest+cosine+{_RFS}",
+        },
+    ),
     "published": (
         "shapes_published_comparison.jsonl",
         ("AP", "APr", "APc", "APf"),
