@@ -176,6 +176,7 @@ def _as_file_name(name):
 def train_all(runs: Sequence[Planned], jobs: int) -> dict[Planned, str]:
     """Train the runs that are not finished, ``jobs`` side by side, spread over the GPUs.
 
+    They start in their order, but one that begins with a file of an earlier one waits for that.
     A run that was interrupted goes on from its last checkpoint; one that is finished is left alone.
     Each has one thread for its arithmetic on CPU.
 
@@ -200,11 +201,15 @@ def train_all(runs: Sequence[Planned], jobs: int) -> dict[Planned, str]:
         slots.put(gpus[slot % len(gpus)] if gpus else None)
     _tell(f"{len(runs) - len(missing)} of {len(runs)} runs are there, {len(missing)} to train.")
     running, failures, number_done = _Running(), {}, 0
+    waiting = {run: _begun_with(run, missing[:i]) for i, run in enumerate(missing)}
+    pending: dict[concurrent.futures.Future, Planned] = {}
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
         with _interrupted_by_sigterm():
-            pending = {pool.submit(_train, run, slots, jobs, running): run for run in missing}
-            while pending:
+            while waiting or pending:
+                for run in [run for run, others in waiting.items() if not others]:
+                    del waiting[run]
+                    pending[pool.submit(_train, run, slots, jobs, running)] = run
                 done, _ = concurrent.futures.wait(
                     pending, _STATUS_SECONDS, concurrent.futures.FIRST_COMPLETED
                 )
@@ -215,6 +220,8 @@ def train_all(runs: Sequence[Planned], jobs: int) -> dict[Planned, str]:
                     _tell(f"{counted}: {run.name} {f'failed: {reason}' if reason else 'is done'}")
                     if reason:
                         failures[run] = reason
+                    for others in waiting.values():
+                        others.discard(run)
                 if pending and not done:
                     _tell(_status(running.runs()))
     finally:
@@ -222,6 +229,12 @@ def train_all(runs: Sequence[Planned], jobs: int) -> dict[Planned, str]:
         running.end()
         pool.shutdown()
     return failures
+
+
+def _begun_with(run, earlier):
+    """Return those of the earlier runs in whose folders a file lies that a run's command names."""
+    named = " ".join(run.command)
+    return {other for other in earlier if f"{other.folder}{os.sep}" in named}
 
 
 def is_finished(run: Planned) -> bool:

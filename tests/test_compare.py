@@ -615,6 +615,28 @@ def test_configs_are_trained_compared_and_not_trained_again(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_phase_waits_for_the_first_whose_weights_it_begins_with(tiny, tmp_path):
+    setups = [
+        runs.parse_setup(f"{tiny}{added}")
+        for added in ("", "+MODEL.WEIGHTS={out}/tiny_seed{seed}/model_final.pth", "+eql")
+    ]
+    first, second, other = (runs.plan(setup, 0, tmp_path, []) for setup in setups)
+    # As many at a time as there are: without order the second would not find its weights.
+    assert runs.train_all([first, second, other], 3) == {}
+    ends = [run.folder.joinpath("model_final.pth").stat().st_mtime_ns for run in (first, second)]
+    assert ends[0] < second.folder.joinpath("config.yaml").stat().st_mtime_ns < ends[1]
+    # The first failed: its weights are not there.
+    keys = {"_BASE_": str(tiny), "MODEL": {"WEIGHTS": "/nowhere.pth"}}
+    file = write_json(tmp_path / "broken.yaml", keys)
+    text = f"{tiny}+MODEL.WEIGHTS={{out}}/broken_seed{{seed}}/model_final.pth"
+    broken, after = (
+        runs.plan(runs.parse_setup(words), 0, tmp_path, []) for words in (str(file), text)
+    )
+    failures = runs.train_all([broken, after], 2)
+    assert set(failures) == {broken, after} and "does not exist" in failures[after]
+
+
+@pytest.mark.slow
 def test_what_was_interrupted_goes_on_where_it_stopped(tiny, tmp_path):
     out = tmp_path / "out"
     arguments = [tiny, "--seeds", "1", "--draws", "20", "--out", out, "SOLVER.MAX_ITER", "16"]
