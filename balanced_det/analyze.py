@@ -302,9 +302,9 @@ def _about_imbalance(a):
 
 # What docs/results.md measured on photographs: EQL was behind its control.
 _EQL_LATER = (
-    "EQL is not what to try first: on photographs, with nearly all classes tail, it was behind "
-    "BinaryCrossEntropyLoss at the same prior and weight, its control. If you compare the two on "
-    "this data,"
+    "EQL is not what to try first: on photographs it was behind BinaryCrossEntropyLoss at the same "
+    "prior and weight, its control, with nearly all classes tail, and no better with the rare. If "
+    "you compare the two on this data,"
 )
 
 
@@ -412,7 +412,8 @@ def _about_classifier(a):
         "Of remedies inside a detector try the cosine classifier first, --with cosine "
         "(BALANCE.ROI_HEADS.CLASSIFIER CosineLinear), for Faster, Mask and Cascade R-CNN with a "
         "softmax: on photographs of 179 classes it helped, with repeat-factor sampling and "
-        "without, and cost frequent classes nothing that could be seen.",
+        "without. After a short training it cost frequent classes nothing that could be seen, "
+        "after a longer one, with the sampling, they lost some.",
         f"{_n(a.advice.num_small)} of {_n(len(a.present))} classes are in at most "
         f"{_n(a.advice.limit)} training images.",
         kind="do",

@@ -127,7 +127,11 @@ TABLES = {
             "ECM, cosine classifier, weight 2": f"quickstart_softmax+ecm+{_W}",
         },
     ),
-    "shapes_cosine": ("shapes_cosine_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
+    "shapes_cosine": (
+        "shapes_cosine_comparison.jsonl",
+        *_GROUPS,
+        "softmax cross entropy (weight 1)",
+    ),
     "photos_more": ("photos_more_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
     "photos_long": ("photos_long_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
     "photos_longest": ("photos_longest_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
