@@ -396,6 +396,7 @@ def run_rows(c: Comparison) -> list[dict]:
             "task": c.task,
             **{name: _number(v) for name, v in zip(METRICS, values[:, 0])},
             **run.cost(),
+            **{f"gradient_share_{g}": share for g, share in run.gradient_shares().items()},
             **run.provenance(),
             "test_set": run.test_set,
             "annotations_sha256": c.digest,
@@ -507,6 +508,7 @@ def make_page(c: Comparison, command: str = "") -> Page:
     _show_numbers(page, c)
     _show_differences(page, c)
     _show_classes(page, c)
+    _show_gradient_shares(page, c)
     _show_cost(page, c)
     _show_settings(page, c)
     _show_runs(page, c, command)
@@ -689,6 +691,22 @@ def _show_classes(page, c):
     page.table(header, rows, summary=f"AP of every class ({len(rows):,} rows)")
 
 
+def _show_gradient_shares(page, c):
+    shares = [[run.gradient_shares() for run in entry.runs] for entry in c.entries]
+    rows = [
+        [entry.name, *(_mean(share[group] for share in of_runs) for group in GROUPS)]
+        for entry, of_runs in zip(c.entries, shares)
+    ]
+    if all(share is None for _, *of_groups in rows for share in of_groups):
+        return
+    page.section("Whose gradient it is")
+    page.table(["setup", *(f"{name}, percent" for name in _GROUP_NAMES.values())], rows)
+    page.say(
+        "What part of the classification's gradient each group of classes had, on average over "
+        "training and runs."
+    )
+
+
 def _show_cost(page, c):
     page.section("What it costs")
     header = [
@@ -782,6 +800,11 @@ def _number(value):
 def _median(values):
     known = [value for value in values if value is not None]
     return float(np.median(known)) if known else None
+
+
+def _mean(values):
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _largest(values):

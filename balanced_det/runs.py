@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 
 from . import __version__
+from .data.annotations import GROUPS
 from .errors import InputError
 from .report import write_json
 
@@ -514,6 +515,21 @@ class Run:
             "host_memory_mb": self.record.get("host_memory_mb"),
             "side_by_side": self.record.get("jobs"),
         }
+
+    def gradient_shares(self) -> dict[str, float | None]:
+        """Return {group: percent of the classification gradient that its classes had}.
+
+        The mean over the steps that were logged and the parts that have classes; None where none
+        was logged.
+        """
+        from .engine.gradient_share import NAME
+
+        rows = read_metrics(self.folder)
+        shares = {
+            group: [v for row in rows for key, v in row.items() if key.endswith(f"{NAME}_{group}")]
+            for group in GROUPS
+        }
+        return {g: round(100 * statistics.fmean(v), 2) if v else None for g, v in shares.items()}
 
     def provenance(self) -> dict:
         """Return the command, commit and card, in words; None where the folder does not tell."""

@@ -292,6 +292,25 @@ def test_cost_and_card_are_those_of_the_runs_own_files(two, tmp_path):
     assert run.provenance()["commit"] == "abc" and run.provenance()["command"] == "python x"
 
 
+def test_a_groups_share_of_the_gradient_is_the_mean_of_what_was_logged(two, tmp_path):
+    _, annotations, good, _ = two
+    folder = finished_run(tmp_path / "run", annotations, [])
+    parts = [f"roi_heads.box_predictor.{part}/gradient_share" for part in (0, 1)]
+    logged = [
+        {f"{part}_{g}": v for part in parts for g, v in zip("rcf", shares)}
+        for shares in ((0.1, 0.6, 0.3), (0.3, 0.5, 0.2))
+    ]
+    logged[1][f"{parts[1]}_r"] = 0.5  # a part of its own
+    (folder / "metrics.json").write_text("".join(f"{json.dumps(row)}\n" for row in logged))
+    compared = comparison(folder, good, draws=10)
+    first, second = compare.run_rows(compared)[:2]
+    assert [first[f"gradient_share_{g}"] for g in "rcf"] == [25.0, 55.0, 25.0]
+    assert second["gradient_share_r"] is None
+    page = str(compare.make_page(compared))
+    assert "Whose gradient it is" in page and "rare, percent" in page
+    assert "Whose gradient it is" not in str(compare.make_page(comparison(good, draws=10)))
+
+
 def test_runs_of_different_commits_are_told_so(two, tmp_path):
     _, annotations, good, _ = two
     folder = finished_run(tmp_path / "run", annotations, [])

@@ -7,6 +7,7 @@ them. ``--check`` writes nothing and says which file is out of date.
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -170,6 +171,56 @@ TABLES = {
     ),
 }
 
+# {name: ((label, file of runs, setup), ...)}: what part of the gradient each group of classes had.
+GRADIENT_SHARES = {
+    "photos_shares": (
+        ("Faster R-CNN, softmax cross entropy", "photos_more", "photos_rcnn"),
+        ("binary cross entropy", "photos_more", "photos_rcnn+bce"),
+        (
+            "EQL, tail below 0.005",
+            "photos_more",
+            "photos_rcnn+eql+BALANCE.EqualizationLoss.TAIL_THRESHOLD=0.005",
+        ),
+        (
+            "DropLoss, tail below 0.005",
+            "photos_more",
+            "photos_rcnn+drop_loss+BALANCE.DropLoss.TAIL_THRESHOLD=0.005",
+        ),
+        (
+            "federated loss, prior 0.001",
+            "photos_more",
+            f"photos_rcnn+federated+{_W}+BALANCE.ROI_HEADS.PRIOR_PROB=0.001",
+        ),
+        (
+            "Seesaw, linear classifier, images as they come",
+            "photos_more",
+            f"photos_rcnn+seesaw+{_W}+BALANCE.ROI_HEADS.CLASSIFIER=None"
+            "+DATALOADER.SAMPLER_TRAIN=TrainingSampler",
+        ),
+        ("sampling-free as published", "photos_more", "photos_rcnn+sampling_free_published"),
+        (
+            "cosine classifier, repeat-factor sampling, 14 passes",
+            "photos_long",
+            f"photos_long+cosine+{_RFS}",
+        ),
+        (
+            "class-aware sampling, cosine classifier",
+            "photos_more",
+            "photos_rcnn+class_aware+cosine",
+        ),
+        ("RetinaNet, focal loss", "photos_retinanet", "photos_retinanet"),
+        (
+            "EFL",
+            "photos_retinanet",
+            "photos_retinanet+efl+BALANCE.DENSE.PRIOR_PROB=0.01"
+            "+SOLVER.CLIP_GRADIENTS.CLIP_VALUE=3.0",
+        ),
+        ("GHM-C as published", "photos_retinanet", "photos_retinanet+ghmc_published"),
+        ("repeat-factor sampling", "photos_retinanet", f"photos_retinanet+{_RFS}"),
+        ("class-aware sampling", "photos_retinanet", "photos_retinanet+class_aware"),
+    ),
+}
+
 # What the parts of a setup are called in a label; of a key, its last name, with its value.
 _ADDED = {
     "balanced_l1": "balanced L1",
@@ -224,17 +275,40 @@ _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.
 
 def table(name: str) -> str:
     """Return the Markdown of a table."""
+    if name in GRADIENT_SHARES:
+        return _table_of_shares(GRADIENT_SHARES[name])
     file, means, differences, setups = TABLES[name]
     lines = (HERE / file).read_text().splitlines()
     rows = {(row["setup"], row["metric"]): row for row in map(json.loads, lines)}
     if isinstance(setups, str):
         setups = labels(setups, list(dict.fromkeys(setup for setup, _ in rows)))
     header = ["method", *means, *(f"{metric}, difference" for metric in differences)]
-    text = [header, ["---"] * len(header)]
-    for label, setup in setups.items():
-        mean_cells = [_mean(rows[setup, metric]) for metric in means]
-        text.append([label, *mean_cells, *(_difference(rows[setup, m]) for m in differences)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
+    body = [
+        [
+            label,
+            *(_mean(rows[setup, metric]) for metric in means),
+            *(_difference(rows[setup, metric]) for metric in differences),
+        ]
+        for label, setup in setups.items()
+    ]
+    return _markdown(header, body)
+
+
+def _markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _table_of_shares(setups):
+    """Of each setup the groups' shares of the gradient and AP, means over its runs."""
+    keys = ("gradient_share_r", "gradient_share_c", "gradient_share_f", "AP")
+    rows = []
+    for label, file, setup in setups:
+        lines = (HERE / f"{file}_runs.jsonl").read_text().splitlines()
+        runs = [run for run in map(json.loads, lines) if run["setup"] == setup]
+        means = [statistics.fmean(run[key] for run in runs) for key in keys]
+        rows.append([label, *(f"{mean:.0f}%" for mean in means[:3]), f"{means[3]:.1f}"])
+    return _markdown(["method", "rare", "common", "frequent", "AP"], rows)
 
 
 def labels(first: str, setups: list[str]) -> dict[str, str]:
