@@ -140,6 +140,7 @@ TABLES = {
     "photos_retinanet": ("photos_retinanet_comparison.jsonl", *_GROUPS, "focal loss"),
     "photos_fcos": ("photos_fcos_comparison.jsonl", *_GROUPS, "focal loss"),
     "photos_cascade": ("photos_cascade_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
+    "shapes200_short": ("shapes200_short_comparison.jsonl", *_GROUPS, "softmax cross entropy"),
     "shapes200": (
         "shapes200_comparison.jsonl",
         *_GROUPS,
@@ -330,6 +331,8 @@ def _part_label(part):
 
 
 def _mean(row):
+    if row["runs"] == 1:
+        return f"{row['mean']:.1f}"
     return f"{row['mean']:.1f} ± {row['standard_deviation']:.1f}"
 
 
