@@ -7,6 +7,7 @@ A run's folder is ``train_net.py``'s ``OUTPUT_DIR``. Beside what that writes, :f
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -501,9 +502,14 @@ class Run:
         """The annotation file of its test set."""
         return annotation_file(self.settings, self.test_set)
 
+    @functools.cached_property
+    def _logged(self) -> list[dict]:
+        """The lines of metrics.json, of which a long training has thousands."""
+        return read_metrics(self.folder)
+
     def cost(self) -> dict:
         """Return what it took: seconds, and MB; None where the folder does not tell."""
-        times = [row["time"] for row in read_metrics(self.folder) if "time" in row]
+        times = [row["time"] for row in self._logged if "time" in row]
         log = _read_text(self.folder / "log.txt")
         memory = [int(m) for m in re.findall(r"max_mem: (\d+)M", log)]
         step = statistics.median(times) if times else None
@@ -524,12 +530,12 @@ class Run:
         """
         from .engine.gradient_share import NAME
 
-        rows = read_metrics(self.folder)
-        shares = {
-            group: [v for row in rows for key, v in row.items() if key.endswith(f"{NAME}_{group}")]
-            for group in GROUPS
-        }
-        return {g: round(100 * statistics.fmean(v), 2) if v else None for g, v in shares.items()}
+        shares = {}
+        for group in GROUPS:
+            end = f"/{NAME}_{group}"
+            of_group = [v for row in self._logged for key, v in row.items() if key.endswith(end)]
+            shares[group] = round(100 * statistics.fmean(of_group), 2) if of_group else None
+        return shares
 
     def provenance(self) -> dict:
         """Return the command, commit and card, in words; None where the folder does not tell."""

@@ -172,54 +172,40 @@ TABLES = {
     ),
 }
 
-# {name: ((label, file of runs, setup), ...)}: what part of the gradient each group of classes had.
+# What part of the gradient each group of classes had: {name: {runs of: (label of the first setup,
+# setups)}}, the others called by what they add to the first.
 GRADIENT_SHARES = {
-    "photos_shares": (
-        ("Faster R-CNN, softmax cross entropy", "photos_more", "photos_rcnn"),
-        ("binary cross entropy", "photos_more", "photos_rcnn+bce"),
-        (
-            "EQL, tail below 0.005",
-            "photos_more",
-            "photos_rcnn+eql+BALANCE.EqualizationLoss.TAIL_THRESHOLD=0.005",
+    "photos_shares": {
+        "photos_more": (
+            "Faster R-CNN, softmax cross entropy",
+            [
+                "photos_rcnn",
+                "photos_rcnn+bce",
+                "photos_rcnn+eql+BALANCE.EqualizationLoss.TAIL_THRESHOLD=0.005",
+                "photos_rcnn+drop_loss+BALANCE.DropLoss.TAIL_THRESHOLD=0.005",
+                f"photos_rcnn+federated+{_W}+BALANCE.ROI_HEADS.PRIOR_PROB=0.001",
+                f"photos_rcnn+seesaw+{_W}+BALANCE.ROI_HEADS.CLASSIFIER=None"
+                "+DATALOADER.SAMPLER_TRAIN=TrainingSampler",
+                "photos_rcnn+sampling_free_published",
+                "photos_rcnn+class_aware+cosine",
+            ],
         ),
-        (
-            "DropLoss, tail below 0.005",
-            "photos_more",
-            "photos_rcnn+drop_loss+BALANCE.DropLoss.TAIL_THRESHOLD=0.005",
+        "photos_long": (
+            "the same for twice as long, softmax cross entropy",
+            ["photos_long", f"photos_long+cosine+{_RFS}", "photos_long+class_aware"],
         ),
-        (
-            "federated loss, prior 0.001",
-            "photos_more",
-            f"photos_rcnn+federated+{_W}+BALANCE.ROI_HEADS.PRIOR_PROB=0.001",
+        "photos_retinanet": (
+            "RetinaNet, focal loss",
+            [
+                "photos_retinanet",
+                "photos_retinanet+efl+BALANCE.DENSE.PRIOR_PROB=0.01"
+                "+SOLVER.CLIP_GRADIENTS.CLIP_VALUE=3.0",
+                "photos_retinanet+ghmc_published",
+                f"photos_retinanet+{_RFS}",
+                "photos_retinanet+class_aware",
+            ],
         ),
-        (
-            "Seesaw, linear classifier, images as they come",
-            "photos_more",
-            f"photos_rcnn+seesaw+{_W}+BALANCE.ROI_HEADS.CLASSIFIER=None"
-            "+DATALOADER.SAMPLER_TRAIN=TrainingSampler",
-        ),
-        ("sampling-free as published", "photos_more", "photos_rcnn+sampling_free_published"),
-        (
-            "cosine classifier, repeat-factor sampling, 14 passes",
-            "photos_long",
-            f"photos_long+cosine+{_RFS}",
-        ),
-        (
-            "class-aware sampling, cosine classifier",
-            "photos_more",
-            "photos_rcnn+class_aware+cosine",
-        ),
-        ("RetinaNet, focal loss", "photos_retinanet", "photos_retinanet"),
-        (
-            "EFL",
-            "photos_retinanet",
-            "photos_retinanet+efl+BALANCE.DENSE.PRIOR_PROB=0.01"
-            "+SOLVER.CLIP_GRADIENTS.CLIP_VALUE=3.0",
-        ),
-        ("GHM-C as published", "photos_retinanet", "photos_retinanet+ghmc_published"),
-        ("repeat-factor sampling", "photos_retinanet", f"photos_retinanet+{_RFS}"),
-        ("class-aware sampling", "photos_retinanet", "photos_retinanet+class_aware"),
-    ),
+    },
 }
 
 # What the parts of a setup are called in a label; of a key, its last name, with its value.
@@ -300,15 +286,17 @@ def _markdown(header, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _table_of_shares(setups):
+def _table_of_shares(files):
     """Of each setup the groups' shares of the gradient and AP, means over its runs."""
     keys = ("gradient_share_r", "gradient_share_c", "gradient_share_f", "AP")
     rows = []
-    for label, file, setup in setups:
+    for file, (first, setups) in files.items():
         lines = (HERE / f"{file}_runs.jsonl").read_text().splitlines()
-        runs = [run for run in map(json.loads, lines) if run["setup"] == setup]
-        means = [statistics.fmean(run[key] for run in runs) for key in keys]
-        rows.append([label, *(f"{mean:.0f}%" for mean in means[:3]), f"{means[3]:.1f}"])
+        runs = list(map(json.loads, lines))
+        for label, setup in labels(first, setups).items():
+            of_setup = [run for run in runs if run["setup"] == setup]
+            *shares, ap = (statistics.fmean(run[key] for run in of_setup) for key in keys)
+            rows.append([label, *(f"{share:.0f}%" for share in shares), f"{ap:.1f}"])
     return _markdown(["method", "rare", "common", "frequent", "AP"], rows)
 
 
